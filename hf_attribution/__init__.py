@@ -1,0 +1,1 @@
+"""Training data attribution for Hugging Face models, measured by retraining."""

@@ -1,0 +1,17 @@
+"""The errors a user can meet. Each message names the thing that is wrong and the remedy."""
+
+
+class ArtefactError(ValueError):
+    """A file is not an artefact of ours: truncated, foreign, of another kind, or of a newer schema."""
+
+
+class MismatchError(ValueError):
+    """Two things that must belong together do not: a dataset changed, a model differs, sizes disagree."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss, gradient or output is NaN or infinite. The message names the row and, where known, the module."""
+
+
+class UnsupportedError(ValueError):
+    """What was asked cannot be done correctly for this model, data or setting."""
