@@ -1,0 +1,241 @@
+"""Deterministic passes over a dataset: every row once, with its index, whatever the batch size."""
+
+import functools
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from hf_attribution.errors import MismatchError, UnsupportedError
+from hf_attribution.inputs import forward_arguments
+from hf_attribution.seeds import derive_seed, seeded
+
+Collator = Callable[[list[Any]], Mapping[str, Any]]
+
+_LABEL_COLUMNS = ("label", "label_ids", "labels")
+
+
+class Batch(NamedTuple):
+    """Rows of a dataset, collated: their positions in the dataset `[B]`, and the model's inputs."""
+
+    indices: Tensor
+    inputs: dict[str, Any]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch with its tensors on a device; the indices stay where they are."""
+        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in self.inputs.items()}
+        return Batch(self.indices, moved)
+
+
+class Split:
+    """A dataset as a model sees it: its rows through the data collator, in batches, in a fixed order.
+
+    Rows are bucketed by length, so that little is padded. A collator that draws random numbers (masking, image
+    augmentation) is called row by row under a seed of the row's own, and only rows of equal shape share a batch:
+    a row's inputs depend on nothing but the row.
+
+    Args:
+        dataset: A map-style dataset, usually a `datasets.Dataset`.
+        collator: The data collator of training.
+        batch_size: Rows in a batch.
+        name: What error messages call it, `"train"` or `"query"`.
+        seed: Seed of the rows' own draws.
+
+    Raises:
+        ValueError: If the dataset is empty.
+        UnsupportedError: If the dataset has no length, or the collator keeps random state of its own.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from transformers import default_data_collator
+        >>> split = Split(Dataset.from_dict({"x": [0.0, 1.0, 2.0]}), default_data_collator, batch_size=2)
+        >>> [batch.indices.tolist() for batch in split.batches()]
+        [[0, 1], [2]]
+    """
+
+    def __init__(
+        self, dataset: Any, collator: Collator, batch_size: int = 32, name: str = "train", seed: int = 0
+    ) -> None:
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise UnsupportedError(
+                f"The {name} dataset is a {type(dataset).__name__} without length or positions: scores are rows and "
+                "columns of a dataset, so give a map-style one (`Dataset.from_generator` makes one from a stream)."
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"The {name} dataset is empty.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+        self.dataset, self.collator, self.batch_size, self.name, self.seed = dataset, collator, batch_size, name, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def rows(self, indices: Iterable[int]) -> list[Any]:
+        """Rows as the collator takes them."""
+        indices = [int(index) for index in indices]
+        if hasattr(self.dataset, "__getitems__"):
+            return self.dataset.__getitems__(indices)
+        return [self.dataset[index] for index in indices]
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches that hold every row exactly once."""
+        order = self._order
+        if not self.draws_random_numbers:
+            for start in range(0, len(order), self.batch_size):
+                indices = order[start : start + self.batch_size]
+                yield Batch(torch.from_numpy(indices), dict(self.collator(self.rows(indices))))
+            return
+        waiting: list[tuple[int, dict[str, Any]]] = []
+        for index in order:
+            inputs = self._drawn(int(index))
+            if waiting and (len(waiting) == self.batch_size or _shapes(waiting[0][1]) != _shapes(inputs)):
+                yield _stack(waiting)
+                waiting = []
+            waiting.append((int(index), inputs))
+        yield _stack(waiting)
+
+    def probe(self) -> Batch:
+        """A batch of two to try things on: the first and the last row, or the first twice."""
+        ends = [0, len(self) - 1]
+        if not self.draws_random_numbers:
+            return Batch(torch.tensor(ends), dict(self.collator(self.rows(ends))))
+        first, last = ((index, self._drawn(index)) for index in ends)
+        return _stack([first, last if _shapes(last[1]) == _shapes(first[1]) else first])
+
+    @functools.cached_property
+    def draws_random_numbers(self) -> bool:
+        """Whether rows or collator depend on a random number generator."""
+        first = self._drawn(0, seed=0)
+        if not _equal(first, self._drawn(0, seed=0)):
+            raise UnsupportedError(
+                f"The {self.name} data differ at every look, even from the same random seeds: the data collator keeps "
+                "a generator of its own. Leave its `seed` unset, or apply it once with `dataset.map`."
+            )
+        # A few draws, since masking few tokens may by chance mask the same ones twice.
+        return any(not _equal(first, self._drawn(0, seed=seed)) for seed in range(1, 8))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the rows' contents and types, the same in every process. 32 hex digits."""
+        digest = xxhash.xxh3_128()
+        if _is_arrow(self.dataset):
+            _hash_arrow(self.dataset, digest)
+        if not _is_arrow(self.dataset) or self.dataset.format["type"] == "custom":
+            # A transform's code cannot be hashed; what it makes of the rows can.
+            for index in range(len(self)):
+                with seeded(derive_seed(self.seed, index)):
+                    digest.update(pickle.dumps(_plain(self.rows([index])[0])))
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def _order(self) -> np.ndarray:
+        lengths = _lengths(self.dataset)
+        # Longest first, so that running out of memory happens at once or never; stable, so that it is one order.
+        return np.arange(len(self)) if lengths is None else np.argsort(-lengths, kind="stable")
+
+    def _drawn(self, index: int, seed: int | None = None) -> dict[str, Any]:
+        with seeded(derive_seed(self.seed, index) if seed is None else seed):
+            return dict(self.collator(self.rows([index])))
+
+
+def used_columns(dataset: Any, model: nn.Module) -> Any:
+    """A dataset with the columns that the model's `forward` takes and the labels, as `Trainer` keeps them.
+
+    Args:
+        dataset: A `datasets.Dataset`; anything else is returned as it is.
+        model: The model whose arguments decide.
+
+    Returns:
+        The dataset without its unused columns.
+
+    Raises:
+        ValueError: If no column is left.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if not columns or not hasattr(dataset, "remove_columns") or dataset.format["type"] == "custom":
+        return dataset
+    known = {*forward_arguments(model), *_LABEL_COLUMNS}
+    unused = [name for name in columns if name not in known]
+    if len(unused) == len(columns):
+        raise ValueError(
+            f"None of the columns {', '.join(columns)} is an argument of {type(model).__name__}.forward "
+            f"({', '.join(forward_arguments(model))}): preprocess the dataset first (tokenize it, say)."
+        )
+    return dataset.remove_columns(unused)
+
+
+def check_same_columns(train: Any, query: Any) -> None:
+    """Refuse a query dataset that lacks columns of the training dataset.
+
+    Args:
+        train: The training dataset.
+        query: The query dataset.
+
+    Raises:
+        MismatchError: If the query dataset lacks one.
+    """
+    if not (_is_arrow(train) and _is_arrow(query)):
+        return
+    missing = [name for name in train.column_names if name not in query.column_names]
+    if missing:
+        raise MismatchError(
+            f"The query dataset has no column {', '.join(missing)} (it has {', '.join(query.column_names)}): "
+            "preprocess it as the training dataset was."
+        )
+
+
+def _is_arrow(dataset: Any) -> bool:
+    return hasattr(dataset, "features") and hasattr(dataset, "with_format")
+
+
+def _hash_arrow(dataset: Any, digest: Any) -> None:
+    """Hash columns and rows in arrow's stream format, where slices and chunks of the table leave no trace."""
+    digest.update(repr(sorted(dataset.features.items())).encode())
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
+        table = table.select(sorted(table.column_names)).replace_schema_metadata(None).combine_chunks()
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        digest.update(memoryview(sink.getvalue()))
+
+
+def _lengths(dataset: Any) -> np.ndarray | None:
+    if not _is_arrow(dataset) or "input_ids" not in dataset.column_names or dataset.format["type"] == "custom":
+        return None
+    column = dataset.select_columns(["input_ids"]).with_format("arrow")
+    return np.concatenate(
+        [pc.list_value_length(table["input_ids"]).to_numpy() for table in column.iter(batch_size=10_000)]
+    )
+
+
+def _shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value.shape) if isinstance(value, Tensor) else None for key, value in inputs.items()}
+
+
+def _stack(rows: list[tuple[int, dict[str, Any]]]) -> Batch:
+    indices = torch.tensor([index for index, _ in rows])
+    keys = rows[0][1]
+    return Batch(indices, {key: torch.cat([inputs[key] for _, inputs in rows]) for key in keys})
+
+
+def _equal(left: Any, right: Any) -> bool:
+    return pickle.dumps(_plain(left)) == pickle.dumps(_plain(right))
+
+
+def _plain(value: Any) -> Any:
+    """Nested rows with arrays as their bytes: tensors pickle their storage, which says more than their values."""
+    if isinstance(value, Tensor):
+        value = value.numpy()
+    if isinstance(value, np.ndarray):
+        return (str(value.dtype), value.shape, value.tobytes())
+    if isinstance(value, Mapping):
+        return {key: _plain(value[key]) for key in sorted(value)}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.tobytes() if hasattr(value, "tobytes") else value

@@ -1,0 +1,377 @@
+"""What a model is trained on and what is measured: the one place that knows labels, -100, token shift and margin.
+
+A task turns a batch into two vectors with one number per example: `losses`, what training minimises (summed over
+an example's target tokens), and `measurement`, the output that scores explain. Everything else in the library
+works on those two vectors and never looks at a label.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+
+from hf_attribution.errors import MismatchError, UnsupportedError
+from hf_attribution.inputs import accepts, unwrap, with_positions
+
+Batch = Mapping[str, Any]
+Measure = str | Callable[[nn.Module, Batch], Tensor]
+
+IGNORE_INDEX = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Per-example losses and measurements of one kind of model.
+
+    Use a subclass, or `infer_task(model)`. To attribute a loss of your own, subclass and override `losses`; to
+    measure something of your own, pass a function as `measure`.
+
+    Args:
+        measure: What scores explain. A name (`"margin"`, `"log_probability"`, `"loss"`, `"negative_loss"`,
+            `"logit"` for the label's logit, `"logit:3"` for class 3's), a function
+            `(model, batch) -> Tensor [B]`, or `None` for the task's default.
+        label_smoothing: The `label_smoothing_factor` of training, in `[0, 1)`. It enters `losses` only.
+
+    Example:
+        >>> task = infer_task(model)  # doctest: +SKIP
+        >>> task.losses(model, batch).shape  # doctest: +SKIP
+        torch.Size([8])
+    """
+
+    measure: Measure | None = None
+    label_smoothing: float = 0.0
+
+    name: ClassVar[str] = "task"
+    default_measure: ClassVar[str] = "negative_loss"
+    measures: ClassVar[tuple[str, ...]] = ("loss", "negative_loss")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.measure, str) and self.measure.partition(":")[0] not in self.measures:
+            raise ValueError(
+                f"{self.name} has no measurement {self.measure!r}: choose one of {', '.join(self.measures)} "
+                "or pass a function (model, batch) -> Tensor of shape [B]."
+            )
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}.")
+
+    @property
+    def measurement_name(self) -> str:
+        """The name under which the measured output is recorded beside every score."""
+        measure = self.measure or self.default_measure
+        return measure if isinstance(measure, str) else getattr(measure, "__qualname__", repr(measure))
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The task as JSON: its name, the measured output and the label smoothing."""
+        return {
+            "name": self.name,
+            "measurement": self.measurement_name,
+            "label_smoothing": self.label_smoothing,
+        }
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The training loss of each example, summed over its target tokens. Shape `[B]`."""
+        return self._losses(self._logits(model, batch), self._targets(batch))
+
+    def measurement(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The measured output of each example.
+
+        Args:
+            model: The model, in whatever mode it is.
+            batch: What the data collator returned.
+
+        Returns:
+            One number per example, `[B]`.
+
+        Raises:
+            ValueError: If a measurement function of the user's returns another shape.
+        """
+        measure = self.measure or self.default_measure
+        if callable(measure):
+            values = measure(model, batch)
+            if values.ndim != 1:
+                raise ValueError(
+                    f"The measurement {self.measurement_name} returned shape {tuple(values.shape)}: "
+                    "it must return one number per example, shape [B]."
+                )
+            return values
+        logits, targets = self._logits(model, batch), self._targets(batch)
+        return self._measure(measure, logits, targets)
+
+    def with_measure(self, measure: Measure | None) -> "Task":
+        """The same task measuring something else."""
+        return dataclasses.replace(self, measure=measure)
+
+    def margins(self) -> "Task | None":
+        """This task measuring the correct-class margin, where an example is one prediction; else `None`."""
+        return None
+
+    def labels(self, dataset: Any) -> np.ndarray | None:
+        """The class of each row of a dataset, `[N]` integers, or `None` where rows have no class."""
+        return None
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """The model's outputs on a batch, without its own loss: labels stay here."""
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        if accepts(model, "use_cache"):
+            inputs["use_cache"] = False
+        return model(**with_positions(model, inputs))
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        outputs = self.forward(model, batch)
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        # Half-precision losses lose the differences between examples: sum in float32 at least.
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def _targets(self, batch: Batch) -> Tensor:
+        labels = batch.get("labels")
+        if labels is None:
+            raise ValueError(
+                f"A {self.name} batch has no 'labels' (it has {', '.join(batch)}). {self._how_to_get_labels()}"
+            )
+        return labels
+
+    def _how_to_get_labels(self) -> str:
+        return "Give the dataset a 'label' or 'labels' column that the data collator passes on."
+
+    def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        raise UnsupportedError(f"{type(self).__name__} defines no loss: override `losses`.")
+
+    def _measure(self, measure: str, logits: Tensor, targets: Tensor) -> Tensor:
+        losses = self._losses(logits, targets)
+        return losses if measure == "loss" else -losses
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictionTask(Task):
+    """Tasks whose targets are classes: one per example, or one per target token."""
+
+    measures: ClassVar[tuple[str, ...]] = ("margin", "log_probability", "loss", "negative_loss", "logit")
+
+    def _aligned(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `[B, T, C]` and targets `[B, T]` that belong together."""
+        return logits, targets
+
+    def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        logits, targets = self._aligned(logits, targets)
+        losses = _token_sum(-_picked(logits.log_softmax(-1), targets), targets)
+        if self.label_smoothing:
+            uniform = _token_sum(-logits.log_softmax(-1).mean(-1), targets)
+            losses = (1 - self.label_smoothing) * losses + self.label_smoothing * uniform
+        return losses
+
+    def _measure(self, measure: str, logits: Tensor, targets: Tensor) -> Tensor:
+        kind, _, which = measure.partition(":")
+        if kind in ("loss", "negative_loss"):
+            return super()._measure(kind, logits, targets)
+        logits, targets = self._aligned(logits, targets)
+        if kind == "logit":
+            values = logits[..., int(which)] if which else _picked(logits, targets)
+        elif kind == "log_probability":
+            values = _picked(logits.log_softmax(-1), targets)
+        else:
+            values = _margins(logits, targets)
+        return _token_sum(values, targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(PredictionTask):
+    """Image, sequence or audio classification: one class per example. Measures the correct-class margin.
+
+    The margin is `log p / (1 - p)` of the label's probability (Park et al. 2023, section 3.2).
+    """
+
+    name: ClassVar[str] = "classification"
+    default_measure: ClassVar[str] = "margin"
+
+    def margins(self) -> Task:
+        """This task measuring the correct-class margin."""
+        return self.with_measure("margin")
+
+    def labels(self, dataset: Any) -> np.ndarray | None:
+        """The class of each row, from the column `labels` or `label`: `[N]` integers."""
+        return label_column(dataset)
+
+    def _aligned(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if logits.ndim != 2 or targets.ndim != 1 or targets.is_floating_point():
+            raise UnsupportedError(
+                f"Classification needs logits [B, C] and integer labels [B], not {tuple(logits.shape)} and "
+                f"{tuple(targets.shape)} {targets.dtype}. For several labels per example subclass Task."
+            )
+        if targets.numel() and int(targets.max()) >= logits.shape[-1]:
+            raise MismatchError(
+                f"A label is {int(targets.max())} but the model has {logits.shape[-1]} classes: set `num_labels`."
+            )
+        return logits[:, None], targets[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression(Task):
+    """Sequence or image regression: squared error, averaged over outputs. Measures minus the loss."""
+
+    name: ClassVar[str] = "regression"
+    measures: ClassVar[tuple[str, ...]] = ("loss", "negative_loss", "logit")
+
+    def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        targets = targets.to(logits.dtype).reshape(logits.shape)
+        return (logits - targets).square().flatten(1).mean(1)
+
+    def _measure(self, measure: str, logits: Tensor, targets: Tensor) -> Tensor:
+        kind, _, which = measure.partition(":")
+        if kind == "logit":
+            return logits.reshape(len(logits), -1)[:, int(which or 0)]
+        return super()._measure(measure, logits, targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenPrediction(PredictionTask):
+    """Language modelling: a class per target token, summed over an example's tokens."""
+
+    default_measure: ClassVar[str] = "log_probability"
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLM(TokenPrediction):
+    """Causal language modelling: token t predicts token t + 1. Measures the summed log-probability."""
+
+    name: ClassVar[str] = "causal language modelling"
+
+    def _aligned(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return logits[:, :-1], targets[:, 1:]
+
+    def _how_to_get_labels(self) -> str:
+        return "Use DataCollatorForLanguageModeling(tokenizer, mlm=False), or add a 'labels' column."
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedLM(TokenPrediction):
+    """Masked language modelling: targets are the tokens whose label is not -100."""
+
+    name: ClassVar[str] = "masked language modelling"
+
+    def _how_to_get_labels(self) -> str:
+        return "Use DataCollatorForLanguageModeling(tokenizer, mlm=True), or add a 'labels' column."
+
+
+@dataclasses.dataclass(frozen=True)
+class Seq2SeqLM(TokenPrediction):
+    """Sequence-to-sequence language modelling: targets are the decoder's labels."""
+
+    name: ClassVar[str] = "sequence-to-sequence language modelling"
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """The model's outputs, with decoder inputs made from the labels where the batch has none."""
+        if "decoder_input_ids" not in batch and "decoder_inputs_embeds" not in batch:
+            shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+            if shift is None:
+                raise UnsupportedError(
+                    f"{type(model).__name__} cannot make decoder inputs from labels: "
+                    "let the collator do it with DataCollatorForSeq2Seq(tokenizer, model=model)."
+                )
+            batch = {**batch, "decoder_input_ids": shift(labels=self._targets(batch))}
+        return super().forward(model, batch)
+
+    def _how_to_get_labels(self) -> str:
+        return "Tokenize the targets into a 'labels' column and use DataCollatorForSeq2Seq."
+
+
+# Order matters: BART-like classes stand in several of transformers' tables.
+_TABLES: tuple[tuple[type[Task], tuple[str, ...], tuple[str, ...]], ...] = (
+    (
+        Seq2SeqLM,
+        ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",),
+        ("ForConditionalGeneration", "ForSeq2SeqLM"),
+    ),
+    (CausalLM, ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",), ("ForCausalLM", "LMHeadModel")),
+    (MaskedLM, ("MODEL_FOR_MASKED_LM_MAPPING_NAMES",), ("ForMaskedLM",)),
+    (
+        Classification,
+        (
+            "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+            "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+            "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+        ),
+        ("ForImageClassification", "ForSequenceClassification", "ForAudioClassification"),
+    ),
+)
+
+
+def infer_task(model: nn.Module, measure: Measure | None = None, label_smoothing: float = 0.0) -> Task:
+    """The task of a model, from its class (and, for classifiers, `config.problem_type`).
+
+    Args:
+        model: A model of `transformers`, bare or wrapped by PEFT.
+        measure: What to measure, see `Task`.
+        label_smoothing: The `label_smoothing_factor` of its training.
+
+    Returns:
+        A `Classification`, `Regression`, `CausalLM`, `MaskedLM` or `Seq2SeqLM`.
+
+    Raises:
+        UnsupportedError: If the class says nothing about the task; the message says what to pass.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+        >>> infer_task(BertForSequenceClassification(config)).name
+        'classification'
+    """
+    base = unwrap(model)
+    name = type(base).__name__
+    for kind, tables, suffixes in _TABLES:
+        known = any(_in_table(name, getattr(modeling_auto, table, {})) for table in tables)
+        if known or name.endswith(suffixes):
+            if kind is Classification:
+                kind = _classification_or_regression(base)
+            return kind(measure=measure, label_smoothing=label_smoothing)
+    raise UnsupportedError(
+        f"Cannot tell the task of {name} from its name: pass task=Classification(), Regression(), CausalLM(), "
+        "MaskedLM() or Seq2SeqLM() of hf_attribution.tasks, or a subclass of Task with `losses` of your own."
+    )
+
+
+def label_column(dataset: Any) -> np.ndarray | None:
+    """The integer class of each row of a dataset from its `labels` or `label` column, `[N]`, or `None`."""
+    for column in ("labels", "label"):
+        if column in (getattr(dataset, "column_names", None) or ()):
+            values = np.asarray(dataset.with_format(None)[column])
+            if values.ndim == 1 and np.issubdtype(values.dtype, np.integer):
+                return values
+    return None
+
+
+def _in_table(name: str, table: Mapping[str, Any]) -> bool:
+    return any(name in (value if isinstance(value, (tuple, list)) else (value,)) for value in table.values())
+
+
+def _classification_or_regression(model: nn.Module) -> type[Task]:
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    if problem == "multi_label_classification":
+        raise UnsupportedError(
+            "Multi-label classification has no single margin: pass task= a subclass of hf_attribution.tasks.Task "
+            "whose `losses` is the loss you train with."
+        )
+    # One output and no stated problem type is how transformers itself recognises regression.
+    if problem == "regression" or (problem is None and getattr(config, "num_labels", None) == 1):
+        return Regression
+    return Classification
+
+
+def _token_sum(values: Tensor, targets: Tensor) -> Tensor:
+    return values.masked_fill(targets == IGNORE_INDEX, 0.0).sum(-1)
+
+
+def _picked(scores: Tensor, targets: Tensor) -> Tensor:
+    return scores.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+
+
+def _margins(logits: Tensor, targets: Tensor) -> Tensor:
+    """The log-odds of the target against all other classes: `log p / (1 - p)`, without forming `1 - p`."""
+    index = targets.clamp(min=0)[..., None]
+    others = logits.scatter(-1, index, float("-inf")).logsumexp(-1)
+    return logits.gather(-1, index)[..., 0] - others
