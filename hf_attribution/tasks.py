@@ -77,6 +77,10 @@ class Task:
         """The training loss of each example, summed over its target tokens. Shape `[B]`."""
         return self._losses(self._logits(model, batch), self._targets(batch))
 
+    def gains(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What training on an example raises: minus its loss. Shape `[B]`."""
+        return -self.losses(model, batch)
+
     def measurement(self, model: nn.Module, batch: Batch) -> Tensor:
         """The measured output of each example.
 
@@ -91,6 +95,8 @@ class Task:
             ValueError: If a measurement function of the user's returns another shape.
         """
         measure = self.measure or self.default_measure
+        if measure in ("loss", "negative_loss"):
+            return self.losses(model, batch) if measure == "loss" else self.gains(model, batch)
         if callable(measure):
             values = measure(model, batch)
             if values.ndim != 1:
@@ -142,8 +148,7 @@ class Task:
         raise UnsupportedError(f"{type(self).__name__} defines no loss: override `losses`.")
 
     def _measure(self, measure: str, logits: Tensor, targets: Tensor) -> Tensor:
-        losses = self._losses(logits, targets)
-        return losses if measure == "loss" else -losses
+        raise UnsupportedError(f"{type(self).__name__} does not measure {measure!r}: override `measurement`.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +171,6 @@ class PredictionTask(Task):
 
     def _measure(self, measure: str, logits: Tensor, targets: Tensor) -> Tensor:
         kind, _, which = measure.partition(":")
-        if kind in ("loss", "negative_loss"):
-            return super()._measure(kind, logits, targets)
         logits, targets = self._aligned(logits, targets)
         if kind == "logit":
             values = logits[..., int(which)] if which else _picked(logits, targets)
@@ -221,10 +224,7 @@ class Regression(Task):
         return (logits - targets).square().flatten(1).mean(1)
 
     def _measure(self, measure: str, logits: Tensor, targets: Tensor) -> Tensor:
-        kind, _, which = measure.partition(":")
-        if kind == "logit":
-            return logits.reshape(len(logits), -1)[:, int(which or 0)]
-        return super()._measure(measure, logits, targets)
+        return logits.reshape(len(logits), -1)[:, int(measure.partition(":")[2] or 0)]
 
 
 @dataclasses.dataclass(frozen=True)

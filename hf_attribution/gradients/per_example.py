@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers.utils import logging
 
 from hf_attribution.data import Batch
@@ -102,7 +103,8 @@ class PerExampleGradients:
         terms: dict[str, list[Term]] = {}
         for call in _with_gradients(calls, values):
             try:
-                self._apply(call, terms)
+                with torch.no_grad():
+                    self._apply(call, terms)
             except (RuntimeError, IndexError, ValueError) as error:
                 if failed is None:
                     raise
@@ -129,6 +131,7 @@ class PerExampleGradients:
                 for tensor in output_tensors(output)
             ]
             if any(edges):
+                args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
                 own = self._own_names[module]
                 calls.append((Call(len(batch.indices), max(lengths, default=1), module, args, kwargs, (), own), edges))
 
