@@ -83,16 +83,29 @@ class Split:
             return self.dataset.__getitems__(indices)
         return [self.dataset[index] for index in indices]
 
-    def batches(self) -> Iterator[Batch]:
-        """Batches that hold every row exactly once."""
-        order = self._order
-        if not self.draws_random_numbers:
+    def batches(self, skip: np.ndarray | None = None) -> Iterator[Batch]:
+        """Batches that hold every row exactly once.
+
+        Args:
+            skip: Rows that are not needed, `[N]` bool. Batches of such rows alone are left out; the others stay what
+                they are, so that a pass that is resumed computes the same numbers.
+
+        Yields:
+            Row indices and inputs.
+        """
+        if self.draws_random_numbers:
+            yield from (batch for batch in self._drawn_batches() if skip is None or not skip[batch.indices].all())
+        else:
+            order = self._order
             for start in range(0, len(order), self.batch_size):
                 indices = order[start : start + self.batch_size]
+                if skip is not None and skip[indices].all():
+                    continue
                 yield Batch(torch.from_numpy(indices), dict(self.collator(self.rows(indices))))
-            return
+
+    def _drawn_batches(self) -> Iterator[Batch]:
         waiting: list[tuple[int, dict[str, Any]]] = []
-        for index in order:
+        for index in self._order:
             inputs = self._drawn(int(index))
             if waiting and (len(waiting) == self.batch_size or _shapes(waiting[0][1]) != _shapes(inputs)):
                 yield _stack(waiting)

@@ -1,11 +1,13 @@
-"""What a model's `forward` takes, and the positions of its tokens."""
+"""What a model's `forward` takes, the positions of its tokens, its mode and its identity."""
 
+import contextlib
 import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 
@@ -58,6 +60,27 @@ def positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in `eval()` mode for a while; afterwards every module is in the mode it was in."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A hash of a model's parameters and buffers, by name. 32 hex digits."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 _COUNTS_FROM_ZERO: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
 
@@ -76,16 +99,12 @@ def _positions_count_from_zero(model: nn.Module) -> bool:
     if model not in _COUNTS_FROM_ZERO:
         device = next(model.parameters()).device
         ids = torch.ones(1, 3, dtype=torch.long, device=device)
-        training = model.training
-        model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(model):
                 left_alone = model(input_ids=ids)[0]
                 counted = model(input_ids=ids, position_ids=torch.arange(3, device=device)[None])[0]
             _COUNTS_FROM_ZERO[model] = torch.equal(left_alone, counted)
         except (TypeError, ValueError, RuntimeError):
             # The model wants more than token ids (a second tower, say): it keeps its own positions.
             _COUNTS_FROM_ZERO[model] = False
-        finally:
-            model.train(training)
     return _COUNTS_FROM_ZERO[model]

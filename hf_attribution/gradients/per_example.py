@@ -92,6 +92,11 @@ class PerExampleGradients:
         return self._compute(batch)
 
     @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.parameters.values())).device
+
+    @property
     def num_parameters(self) -> int:
         """How many numbers one gradient has."""
         return sum(parameter.numel() for parameter in self.parameters.values())
@@ -170,7 +175,7 @@ class PerExampleGradients:
         """Find the parameters whose rule does not give what plain backward gives, and fall back for them."""
         weights = torch.tensor([1.0, -0.6])
         with torch.enable_grad():
-            total = (self.function(self.model, probe.inputs) * weights.to(self._device)).sum()
+            total = (self.function(self.model, probe.inputs) * weights.to(self.device)).sum()
             found = torch.autograd.grad(total, list(self.parameters.values()), materialize_grads=True)
         expected = dict(zip(self.parameters, found, strict=True))
         wrong = self._disagreeing(probe, expected, weights)
@@ -202,10 +207,6 @@ class PerExampleGradients:
 
     def _canonical(self, module: nn.Module) -> list[str]:
         return [self._names[id(module.get_parameter(name))] for name in self._own_names[module]]
-
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self.parameters.values())).device
 
 
 def _with_gradients(calls: list[tuple[Call, list[Any]]], values: Tensor) -> Iterator[Call]:

@@ -1,0 +1,72 @@
+"""Attribution methods, one file each: `METHODS["trak"](dim=2048, seed=0)`."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from hf_attribution.methods.base import Method, Scored
+from hf_attribution.methods.grad_cos import GradCos
+from hf_attribution.methods.grad_dot import GradDot
+from hf_attribution.methods.label_match import LabelMatch
+from hf_attribution.methods.random import Random
+from hf_attribution.methods.representation_similarity import RepresentationSimilarity
+from hf_attribution.methods.tracin import TracIn
+from hf_attribution.methods.trak import Trak
+
+
+class _Methods(dict[str, type[Method]]):
+    def __missing__(self, name: str) -> type[Method]:
+        close = difflib.get_close_matches(str(name), self, n=1, cutoff=0.3)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise KeyError(f"Unknown method {name!r}.{hint} There are {', '.join(self)}.")
+
+
+METHODS: dict[str, type[Method]] = _Methods(
+    {
+        method.name: method
+        for method in (Random, LabelMatch, RepresentationSimilarity, GradDot, GradCos, TracIn, Trak)
+    }
+)
+
+
+def get_method(method: str | Method, **settings: Any) -> Method:
+    """A method by name, with settings.
+
+    Args:
+        method: A name in `METHODS`, or a method, which is returned as it is.
+        **settings: Fields of the method.
+
+    Returns:
+        The method.
+
+    Raises:
+        KeyError: If there is none of that name; the message suggests the nearest.
+        TypeError: If it has no such setting; the message lists those it has.
+
+    Example:
+        >>> get_method("trak", dim=512).dim
+        512
+    """
+    if isinstance(method, Method):
+        return dataclasses.replace(method, **settings)
+    kind = METHODS[method]
+    known = [field.name for field in dataclasses.fields(kind)]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise TypeError(f"{method} has no setting {unknown[0]!r}: it has {', '.join(known)}.")
+    return kind(**settings)
+
+
+__all__ = [
+    "METHODS",
+    "GradCos",
+    "GradDot",
+    "LabelMatch",
+    "Method",
+    "Random",
+    "RepresentationSimilarity",
+    "Scored",
+    "TracIn",
+    "Trak",
+    "get_method",
+]

@@ -1,0 +1,33 @@
+"""Gradient dot product: the first-order effect of one training step on an example."""
+
+import dataclasses
+from typing import ClassVar
+
+from hf_attribution.gradients.projections import Projection
+from hf_attribution.methods.base import Method, Scored
+from hf_attribution.problem import Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class GradDot(Method):
+    """`⟨∇m(query), -∇loss(example)⟩`, averaged over the checkpoints.
+
+    Args:
+        modules: Patterns of the modules whose parameters count; all by default.
+        dim: Project the gradients to this dimension; exact by default.
+        seed: Seed of the projection.
+    """
+
+    modules: tuple[str, ...] | None = None
+    dim: int | None = None
+    seed: int = 0
+
+    name: ClassVar[str] = "grad_dot"
+    paper: ClassVar[str] = "Charpiat et al. 2019, Input similarity from the neural network perspective"
+
+    def score(self, problem: Problem) -> Scored:
+        """Multiply the gradients."""
+        projection = None if self.dim is None else Projection(self.dim, self.seed)
+        return Scored(
+            sum(share * problem.products(model, self.modules, projection) for model, share in problem.models())
+        )

@@ -1,0 +1,212 @@
+"""What an attribution method is given: a model and its checkpoints, a task, training examples and queries."""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hf_attribution.artefacts import fingerprint
+from hf_attribution.data import Split
+from hf_attribution.errors import MismatchError
+from hf_attribution.gradients.features import FeatureStore, compute_features
+from hf_attribution.gradients.per_example import PerExampleGradients
+from hf_attribution.gradients.products import feature_products, gradient_products
+from hf_attribution.gradients.projections import Projection
+from hf_attribution.inputs import evaluating, weights_fingerprint
+from hf_attribution.tasks import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Weights of a model: the model itself, or a folder that `save_pretrained` or the Trainer wrote.
+
+    Args:
+        source: The folder, or the model.
+        weight: How much it counts in an average over checkpoints.
+    """
+
+    source: Path | nn.Module
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The folder's path, or the model's class."""
+        return str(self.source) if isinstance(self.source, Path) else type(self.source).__name__
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One attribution problem. Methods ask it for gradients, features and products, and never touch a dataset.
+
+    Args:
+        model: The user's model. It is never changed.
+        task: Its task.
+        train: The training examples as the model sees them.
+        query: The queries as the model sees them.
+        train_dataset: The training dataset with all its columns.
+        query_dataset: The query dataset with all its columns.
+        checkpoints: The weights to attribute with.
+        cache_dir: Where stored features are kept.
+        progress: Whether to show progress bars.
+    """
+
+    model: nn.Module
+    task: Task
+    train: Split
+    query: Split
+    train_dataset: Any
+    query_dataset: Any
+    checkpoints: Sequence[Checkpoint]
+    cache_dir: Path
+    progress: bool = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of queries and of training examples."""
+        return len(self.query), len(self.train)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def models(self) -> Iterator[tuple[nn.Module, float]]:
+        """Each checkpoint's model in `eval()` mode, one at a time, with its share of the average over checkpoints.
+
+        Yields:
+            A model, valid until the next one, and its weight divided by the number of checkpoints.
+        """
+        loaded: nn.Module | None = None
+        for checkpoint in self.checkpoints:
+            if isinstance(checkpoint.source, nn.Module):
+                model = checkpoint.source
+            else:
+                loaded = loaded if loaded is not None else copy.deepcopy(self.model)
+                model = load_weights(loaded, checkpoint.source)
+            with evaluating(model):
+                yield model, checkpoint.weight / len(self.checkpoints)
+
+    def gradients(
+        self, model: nn.Module, function: Callable[..., Tensor], split: Split, modules: Sequence[str] | None = None
+    ) -> PerExampleGradients:
+        """What computes the gradients of `function(model, inputs) -> [B]` for the rows of a split."""
+        return PerExampleGradients(model, function, split.probe().to(self.device), modules)
+
+    def products(
+        self,
+        model: nn.Module,
+        modules: Sequence[str] | None = None,
+        projection: Projection | None = None,
+        normalize: bool = False,
+    ) -> Any:
+        """Inner products of the queries' measurement gradients with the gradients that training follows.
+
+        Args:
+            model: A model of `models()`.
+            modules: Patterns of the modules whose parameters count.
+            projection: Project the gradients; `None` for exact products.
+            normalize: Whether to take cosines.
+
+        Returns:
+            float32 `[Q, N]`.
+        """
+        if projection is not None:
+            return feature_products(
+                self.features(model, self.task.measurement, self.query, projection, modules),
+                self.features(model, self.task.gains, self.train, projection, modules),
+                normalize,
+            )
+        queries = self.gradients(model, self.task.measurement, self.query, modules)
+        train = self.gradients(model, self.task.gains, self.train, modules)
+        return gradient_products(queries, self.query, train, self.train, normalize, self.progress)
+
+    def features(
+        self,
+        model: nn.Module,
+        function: Callable[..., Tensor],
+        split: Split,
+        projection: Projection,
+        modules: Sequence[str] | None = None,
+    ) -> FeatureStore:
+        """The stored projected gradients of a split, computed if they are not there yet.
+
+        Args:
+            model: A model of `models()`.
+            function: A method of the task: `task.gains`, `task.measurement`, ...
+            split: `train` or `query`.
+            projection: The projection.
+            modules: Patterns of the modules whose parameters count.
+
+        Returns:
+            Features of every row of the split.
+        """
+        task = getattr(function, "__self__", self.task)
+        settings = {
+            "model": weights_fingerprint(model),
+            "data": split.fingerprint,
+            "task": task.description,
+            "function": function.__name__,
+            "projection": dataclasses.asdict(projection),
+            "modules": list(modules) if modules is not None else None,
+        }
+        path = self.cache_dir / "features" / f"{split.name}-{fingerprint(json.dumps(settings, sort_keys=True))}"
+        if path.exists():
+            return FeatureStore(path)
+        gradients = self.gradients(model, function, split, modules)
+        return compute_features(path, split, gradients, projection, settings, self.device, self.progress)
+
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """What scores of this problem belong to: hashes of model, training data, queries and task."""
+        return {
+            "model": weights_fingerprint(self.model),
+            "train": self.train.fingerprint,
+            "query": self.query.fingerprint,
+            "task": fingerprint(json.dumps(self.task.description, sort_keys=True)),
+        }
+
+
+def load_weights(model: nn.Module, folder: Path) -> nn.Module:
+    """Load the weights of a checkpoint folder into a model.
+
+    Args:
+        model: A model of the same architecture; it is changed.
+        folder: A folder with `model.safetensors` (or its shards), as `save_pretrained` and the Trainer write.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: If there are no weights in the folder.
+        MismatchError: If they are of another architecture; the message names the first difference.
+    """
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"No model.safetensors in {folder}: give a folder that save_pretrained wrote.")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state.update(load_file(file))
+    own = model.state_dict()
+    # Tied weights are saved once, under one of their names.
+    by_pointer: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        by_pointer.setdefault(tensor.data_ptr(), []).append(name)
+    absent = {n for names in by_pointer.values() if not any(name in state for name in names) for n in names}
+    different = [n for n, tensor in state.items() if n not in own or own[n].shape != tensor.shape]
+    for name in [*different, *sorted(absent)][:1]:
+        there = tuple(state[name].shape) if name in state else "absent"
+        here = tuple(own[name].shape) if name in own else "absent"
+        raise MismatchError(
+            f"The checkpoint {folder} is of another architecture than {type(model).__name__}: {name} is {there} there "
+            f"and {here} in the model."
+        )
+    model.load_state_dict(state, strict=False)
+    return model
