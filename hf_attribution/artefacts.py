@@ -64,9 +64,7 @@ def write_artefact(
     """
     target = Path(path)
     if target.is_dir():
-        raise IsADirectoryError(
-            f"{target} is a folder: give the name of a file, such as {target / kind}.safetensors."
-        )
+        raise IsADirectoryError(f"{target} is a folder: give the name of a file, such as {target / kind}.safetensors.")
     chunks = _safetensors_chunks(arrays, sealed=seal(kind, arrays, metadata))
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -114,8 +112,7 @@ def read_artefact(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except (SafetensorError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise ArtefactError(
-            f"{source} is truncated, damaged or no safetensors file ({error}). "
-            "Write it again or fetch another copy."
+            f"{source} is truncated, damaged or no safetensors file ({error}). Write it again or fetch another copy."
         ) from error
     return arrays, unseal(sealed, arrays, str(source))
 
@@ -183,9 +180,7 @@ def _safetensors_chunks(arrays: Mapping[str, np.ndarray], sealed: str) -> list[b
     for name in sorted(arrays, key=lambda name: (-arrays[name].itemsize, name)):
         array, dtype = arrays[name], arrays[name].dtype
         if dtype.name not in _SAFETENSORS_NAMES:
-            raise TypeError(
-                f"Array '{name}' is {dtype}; convert it to one of {', '.join(_SAFETENSORS_NAMES)}."
-            )
+            raise TypeError(f"Array '{name}' is {dtype}; convert it to one of {', '.join(_SAFETENSORS_NAMES)}.")
         little = np.ascontiguousarray(array, dtype=dtype.newbyteorder("<"))
         offsets = [start, start := start + array.nbytes]
         header[name] = {

@@ -180,9 +180,7 @@ class Counterfactuals(Artefact):
             raise ValueError("There are no counterfactuals to join.")
         for number, part in enumerate(parts[1:], start=1):
             _check_joinable(parts[0], part, number)
-        provenance = merge_provenance(
-            [part.provenance for part in parts], shared=("model", "train", "query", "task")
-        )
+        provenance = merge_provenance([part.provenance for part in parts], shared=("model", "train", "query", "task"))
         masks = np.concatenate([part.subsets.masks for part in parts])
         outputs = np.concatenate([part.outputs for part in parts])
         retrainings = [fingerprint(*pair) for pair in zip(masks, outputs, strict=True)]
@@ -230,9 +228,7 @@ class Counterfactuals(Artefact):
 
 def _check_joinable(first: Counterfactuals, part: Counterfactuals, number: int) -> None:
     protocols = [{**each.protocol, "num_subsets": None} for each in (first, part)]
-    differing = [
-        key for key in {**protocols[0], **protocols[1]} if protocols[0].get(key) != protocols[1].get(key)
-    ]
+    differing = [key for key in {**protocols[0], **protocols[1]} if protocols[0].get(key) != protocols[1].get(key)]
     sizes = [(each.subsets.num_examples, *each.outputs.shape[1:]) for each in (first, part)]
     if differing:
         key = differing[0]

@@ -72,9 +72,7 @@ def residuals(values: np.ndarray, covariates: np.ndarray) -> np.ndarray:
     basis, strength, _ = np.linalg.svd(scaled, full_matrices=False)
     basis = basis[:, strength > 1e-10 * strength.max(initial=0.0)]
     if len(values) - basis.shape[1] < 4:
-        raise ValueError(
-            f"{basis.shape[1]} covariates leave too little of {len(values)} subsets: retrain on more."
-        )
+        raise ValueError(f"{basis.shape[1]} covariates leave too little of {len(values)} subsets: retrain on more.")
     residuals = values - values.mean(axis=0)
     residuals -= basis @ (basis.T @ residuals)
     # Nothing but rounding is left where the covariates explain all: that is no variation.

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     import datasets
 
 
-def to_rows(
-    kind: str, columns: Mapping[str, np.ndarray], metadata: Mapping[str, Any], title: str
-) -> datasets.Dataset:
+def to_rows(kind: str, columns: Mapping[str, np.ndarray], metadata: Mapping[str, Any], title: str) -> datasets.Dataset:
     """Make a `datasets.Dataset` of equally long columns, and seal it in its `metadata` column (first row).
 
     Args:
@@ -66,9 +64,7 @@ def from_rows(dataset: datasets.Dataset, kind: str) -> tuple[dict[str, np.ndarra
     import datasets
 
     if not isinstance(dataset, datasets.Dataset):
-        raise TypeError(
-            f"{kind} rows are read from a datasets.Dataset (one split), not a {type(dataset).__name__}."
-        )
+        raise TypeError(f"{kind} rows are read from a datasets.Dataset (one split), not a {type(dataset).__name__}.")
     if "metadata" not in dataset.column_names or not len(dataset):
         raise ArtefactError(
             f"The dataset holds no {kind}: it has no column 'metadata'; it must come from to_dataset()."

@@ -63,9 +63,7 @@ class Scores(Artefact):
         if values.dtype.kind not in "fiu":
             raise TypeError(f"Scores.values must be real numbers; their type is {values.dtype}.")
         if values.ndim != 2 or not values.size:
-            raise ValueError(
-                f"Scores.values must be [queries, training examples]; their shape is {values.shape}."
-            )
+            raise ValueError(f"Scores.values must be [queries, training examples]; their shape is {values.shape}.")
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is named below
             values = freeze(values, np.float32)
         where = first_non_finite(values)
@@ -190,9 +188,7 @@ class Scores(Artefact):
                     f"Scores 0 are [queries, training examples] = {list(shape)} and scores {number} are "
                     f"{list(member.values.shape)}: average only scores for the same data."
                 )
-        provenance = merge_provenance(
-            [member.provenance for member in members], shared=("train", "query", "task")
-        )
+        provenance = merge_provenance([member.provenance for member in members], shared=("train", "query", "task"))
         values = np.empty(shape, dtype=np.float32)
         for row in range(len(values)):  # one row at a time: no second copy in float64
             values[row] = np.mean([member.values[row] for member in members], axis=0, dtype=np.float64)

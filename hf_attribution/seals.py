@@ -43,9 +43,7 @@ def fingerprint(*parts: Any) -> str:
     for part in parts:
         if isinstance(part, np.ndarray):
             if part.dtype.hasobject:
-                raise TypeError(
-                    "An array of Python objects has no fingerprint; convert it to numbers or strings."
-                )
+                raise TypeError("An array of Python objects has no fingerprint; convert it to numbers or strings.")
             array = np.ascontiguousarray(part, dtype=part.dtype.newbyteorder("<"))
             digest.update(f"array {array.dtype.str} {part.shape};".encode())
             digest.update(array.reshape(-1).view(np.uint8).data)
@@ -88,17 +86,13 @@ def open_seal(text: str | None, kind: str, source: str) -> dict[str, Any]:
         ArtefactError: It is none of ours, of another kind, or of a newer schema.
     """
     if text is None:
-        raise ArtefactError(
-            f"{source} is no {kind} of hf_attribution: it lacks our metadata. Was it written by us?"
-        )
+        raise ArtefactError(f"{source} is no {kind} of hf_attribution: it lacks our metadata. Was it written by us?")
     try:
         fields = json.loads(text)
         version, found = fields["schema_version"], fields["kind"]
         newer = version > SCHEMA_VERSION
     except (ValueError, TypeError, KeyError) as error:
-        raise ArtefactError(
-            f"{source} has metadata that cannot be read ({error!r}). Write it again."
-        ) from error
+        raise ArtefactError(f"{source} has metadata that cannot be read ({error!r}). Write it again.") from error
     if newer:
         raise ArtefactError(
             f"{source} has schema version {version} and this hf_attribution reads up to {SCHEMA_VERSION}: "
@@ -135,9 +129,7 @@ def plain_json(value: Mapping[str, Any], name: str) -> dict[str, Any]:
     try:
         return json.loads(dumps(dict(value)))
     except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name} must be JSON (numbers, strings, lists, dicts with string keys): {error}"
-        ) from error
+        raise TypeError(f"{name} must be JSON (numbers, strings, lists, dicts with string keys): {error}") from error
 
 
 def dumps(value: Any, *, sort_keys: bool = False) -> str:

@@ -48,13 +48,10 @@ class Subsets(Artefact):
     def __post_init__(self) -> None:
         masks = np.asarray(self.masks)
         if masks.dtype != np.bool_:
-            raise TypeError(
-                f"Subsets.masks must be bool, True where an example is kept; it is {masks.dtype}."
-            )
+            raise TypeError(f"Subsets.masks must be bool, True where an example is kept; it is {masks.dtype}.")
         if masks.ndim != 2 or len(masks) < 1 or masks.shape[1] < 2:
             raise ValueError(
-                f"Subsets.masks must be [subsets, examples] with at least 2 examples; "
-                f"its shape is {masks.shape}."
+                f"Subsets.masks must be [subsets, examples] with at least 2 examples; its shape is {masks.shape}."
             )
         kept = np.count_nonzero(masks, axis=1)
         for wrong, name in (
@@ -206,9 +203,7 @@ class Subsets(Artefact):
         """
         codes = _codes(groups)
         if len(codes) != self.num_examples:
-            raise MismatchError(
-                f"There are {len(codes)} groups and {self.num_examples} examples: give one for each."
-            )
+            raise MismatchError(f"There are {len(codes)} groups and {self.num_examples} examples: give one for each.")
         members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
         return np.stack([np.count_nonzero(self.masks[:, rows], axis=1) for rows in members], axis=1)
 
@@ -244,17 +239,13 @@ def _codes(labels: Sequence[Any] | np.ndarray) -> np.ndarray:
     """
     values = np.asarray(labels)
     if values.ndim != 1:
-        raise ValueError(
-            f"Labels or groups must be one for each training example; their shape is {values.shape}."
-        )
+        raise ValueError(f"Labels or groups must be one for each training example; their shape is {values.shape}.")
     return np.unique(values, return_inverse=True)[1]
 
 
 def _subset_size(num_examples: int, num_subsets: int, fraction: float) -> int:
     if num_examples < 2 or num_subsets < 1:
-        raise ValueError(
-            f"{num_subsets} subsets of {num_examples} examples: at least 1 of at least 2 are needed."
-        )
+        raise ValueError(f"{num_subsets} subsets of {num_examples} examples: at least 1 of at least 2 are needed.")
     size = round(fraction * num_examples)
     if not 0 < size < num_examples:
         raise ValueError(

@@ -152,9 +152,7 @@ class TestCounterfactuals:
     def test_names_the_output_that_is_not_finite(self):
         outputs = np.zeros((6, 2, 3))
         outputs[4, 1, 2] = np.nan
-        with pytest.raises(
-            NonFiniteError, match="output of query 2 is nan after training on subset 4 with seed 1"
-        ):
+        with pytest.raises(NonFiniteError, match="output of query 2 is nan after training on subset 4 with seed 1"):
             Counterfactuals(dummy_subsets(6), outputs)
 
     def test_refuses_what_does_not_fit(self):
@@ -262,20 +260,15 @@ class TestReliability:
         assert truth.reliability().mean() == pytest.approx(true_reliability, abs=0.02)
         # The ceiling is what the signal itself, a perfect prediction, scores.
         perfect = [
-            scipy.stats.spearmanr(signal[:, 0, query], mean).statistic
-            for query, mean in enumerate(truth.mean())
+            scipy.stats.spearmanr(signal[:, 0, query], mean).statistic for query, mean in enumerate(truth.mean())
         ]
         assert truth.ceiling().mean() == pytest.approx(np.mean(perfect), abs=0.02)
         assert truth.mean_ceiling() == pytest.approx(np.mean(perfect), abs=0.02)
 
     def test_of_the_mean_equals_its_agreement_with_new_seeds(self):
         _, outputs = simulate(400, 6, 300, noise=1.5)
-        first, second = (
-            Counterfactuals(dummy_subsets(400), outputs[:, part]) for part in (slice(3), slice(3, 6))
-        )
-        agreement = [
-            scipy.stats.spearmanr(*pair).statistic for pair in zip(first.mean(), second.mean(), strict=True)
-        ]
+        first, second = (Counterfactuals(dummy_subsets(400), outputs[:, part]) for part in (slice(3), slice(3, 6)))
+        agreement = [scipy.stats.spearmanr(*pair).statistic for pair in zip(first.mean(), second.mean(), strict=True)]
         assert first.reliability().mean() == pytest.approx(np.mean(agreement), abs=0.015)
 
     def test_of_equal_seeds_is_one_and_of_noise_is_zero(self):
@@ -300,9 +293,7 @@ class TestReliability:
     def test_covariates_take_away_what_they_explain(self):
         generator = np.random.default_rng(0)
         subsets = Subsets.random(40, 400)
-        counts = subsets.counts(
-            [0] * 10 + [1] * 10 + [2] * 20
-        )  # they add up to 20: rank 2 beside the intercept
+        counts = subsets.counts([0] * 10 + [1] * 10 + [2] * 20)  # they add up to 20: rank 2 beside the intercept
         _, outputs = simulate(400, 2, 100, noise=1.0)
         by_class = outputs + 3 * counts[:, :1, None] + 1000
         plain = Counterfactuals(subsets, outputs)

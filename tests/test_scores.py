@@ -110,9 +110,7 @@ class TestExtremes:
         }
 
     def test_join_the_training_rows(self):
-        train = datasets.Dataset.from_dict(
-            {"text": list("abcdefg"), "score": range(7), "train_score": range(10, 17)}
-        )
+        train = datasets.Dataset.from_dict({"text": list("abcdefg"), "score": range(7), "train_score": range(10, 17)})
         scores = make_scores()
         rows = scores.top(2, train.with_format("numpy"))
         assert rows.column_names[:4] == ["query", "rank", "train_index", "score"]
@@ -126,9 +124,7 @@ class TestExtremes:
 
     def test_join_a_selected_dataset_and_keep_images(self):
         images = [PIL.Image.new("L", (4, 4), color=shade) for shade in range(10)]
-        features = datasets.Features(
-            {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
-        )
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
         train = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 5}, features=features)
         rows = make_scores().bottom(3, train.select([9, 8, 7, 6, 5, 4, 3]))
         assert rows.features["image"] == datasets.Image()
@@ -146,9 +142,7 @@ class TestExtremes:
 class TestMean:
     def test_averages_values_and_records_the_members(self):
         one = make_scores(seed=1, provenance={**DATA, "used_subsets": ["a", "b"]})
-        two = make_scores(
-            seed=2, provenance={**DATA, "used_subsets": ["b", "c"], "choices": {"damping": 1.0}}
-        )
+        two = make_scores(seed=2, provenance={**DATA, "used_subsets": ["b", "c"], "choices": {"damping": 1.0}})
         mean = Scores.mean([one, two])
         np.testing.assert_allclose(mean.values, (one.values + two.values) / 2, rtol=1e-6)
         assert mean.method == "trak"
