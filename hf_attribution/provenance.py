@@ -1,0 +1,50 @@
+"""Where results came from, when several of them become one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hf_attribution.errors import MismatchError
+from hf_attribution.seals import fingerprint
+
+
+def merge_provenance(parts: Sequence[Mapping[str, Any]], shared: Sequence[str]) -> dict[str, Any]:
+    """Join the provenance of artefacts that become one.
+
+    Args:
+        parts: The provenance of each.
+        shared: Which of the `fingerprints` must be the same in all. Of the others, one that differs is
+            replaced by the fingerprint of all its values.
+
+    Returns:
+        `fingerprints`; the sum of `seconds`; the union of `used_subsets`, in order; the list of `choices`:
+        each only where a part has it.
+
+    Raises:
+        MismatchError: One of the `shared` fingerprints differs.
+    """
+    fingerprints: dict[str, str] = {}
+    for name in dict.fromkeys(key for part in parts for key in part.get("fingerprints", {})):
+        values = [part.get("fingerprints", {}).get(name) for part in parts]
+        if all(value == values[0] for value in values):
+            fingerprints[name] = values[0]
+        elif name in shared:
+            other = next(index for index, value in enumerate(values) if value != values[0])
+            raise MismatchError(
+                f"Part 0 and part {other} do not belong together: the fingerprint of '{name}' is "
+                f"{values[0]} in one and {values[other]} in the other. Join only results for the same {name}."
+            )
+        else:
+            fingerprints[name] = fingerprint(values)
+    joins: dict[str, Callable[[list[Any]], Any]] = {
+        "seconds": sum,
+        "used_subsets": lambda lists: list(dict.fromkeys(key for keys in lists for key in keys)),
+        "choices": list,
+    }
+    merged: dict[str, Any] = {"fingerprints": fingerprints} if fingerprints else {}
+    for key, join in joins.items():
+        found = [part[key] for part in parts if key in part]
+        if found:
+            merged[key] = join(found)
+    return merged

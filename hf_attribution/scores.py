@@ -1,0 +1,242 @@
+"""Attribution scores: what each training example does to each query, and what follows for any subset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from hf_attribution.artefacts import Artefact, first_non_finite, freeze
+from hf_attribution.counterfactuals import Subsets
+from hf_attribution.errors import MismatchError, NonFiniteError
+from hf_attribution.provenance import merge_provenance
+from hf_attribution.rows import from_rows, to_rows
+from hf_attribution.seals import plain_json
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scores(Artefact):
+    """One score for each query and training example: what *including* it adds to the measured output.
+
+    Rows and columns are positions in the datasets that were passed in. The array is not copied if it is
+    float32, but seen through a read-only view: do not write to it afterwards. Compare artefacts by
+    `fingerprint`.
+
+    Attributes:
+        values: float32 `[Q, N]`.
+        method: The name of the method, as in `METHODS`.
+        settings: The method's settings; JSON.
+        provenance: What the scores came from: `fingerprints` of model, train, query and task; `seconds`;
+            `used_subsets`, the keys of the subsets whose retrainings fed the method; `choices`, what
+            automatic settings chose; JSON.
+
+    Raises:
+        TypeError: `values` are not real numbers, or settings or provenance are not JSON.
+        ValueError: `values` is not `[Q, N]` or holds nothing.
+        NonFiniteError: A score is NaN or infinite.
+
+    Example:
+        >>> import numpy as np
+        >>> scores = Scores(np.array([[3.0, -1.0, 2.0]]), method="grad_dot")
+        >>> scores
+        Scores(grad_dot, 1 query x 3 training examples)
+        >>> scores.top(k=2)[:]
+        {'query': [0, 0], 'rank': [1, 2], 'train_index': [0, 2], 'score': [3.0, 2.0]}
+        >>> scores.predict(Subsets.leave_one_out(3)).tolist()
+        [[1.0, 5.0, 2.0]]
+    """
+
+    kind: ClassVar[str] = "scores"
+
+    values: np.ndarray
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        values = np.asarray(self.values)
+        if values.dtype.kind not in "fiu":
+            raise TypeError(f"Scores.values must be real numbers; their type is {values.dtype}.")
+        if values.ndim != 2 or not values.size:
+            raise ValueError(f"Scores.values must be [queries, training examples]; their shape is {values.shape}.")
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is named below
+            values = freeze(values, np.float32)
+        where = first_non_finite(values)
+        if where is not None:
+            raise NonFiniteError(
+                f"The score of query row {where[0]} and train column {where[1]} is {values[where]}. "
+                "Look for a gradient that is not finite in one of the two examples, or raise the damping."
+            )
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "settings", plain_json(self.settings, "Scores.settings"))
+        object.__setattr__(self, "provenance", plain_json(self.provenance, "Scores.provenance"))
+
+    def __repr__(self) -> str:
+        num_queries, num_examples = self.values.shape
+        queries = "1 query" if num_queries == 1 else f"{num_queries} queries"
+        return f"Scores({self.method}, {queries} x {num_examples} training examples)"
+
+    def predict(self, subsets: Subsets) -> np.ndarray:
+        """Predict the output of each query after training on each subset: the sum of the subset's scores.
+
+        Up to a constant for each query. Summed in float64, in blocks: the values are never copied whole.
+
+        Args:
+            subsets: M subsets of the N training examples.
+
+        Returns:
+            float64 `[Q, M]`, what the metric takes as predictions.
+
+        Raises:
+            MismatchError: The subsets are of another number of training examples.
+        """
+        num_queries, num_examples = self.values.shape
+        if subsets.num_examples != num_examples:
+            raise MismatchError(
+                f"The scores are for {num_examples} training examples and the subsets are of "
+                f"{subsets.num_examples}: use subsets of the training set that was attributed."
+            )
+        predictions = np.zeros((num_queries, len(subsets)))
+        for queries in _blocks(num_queries, 1024):
+            for examples in _blocks(num_examples, 4096):
+                values = self.values[queries, examples].astype(np.float64)
+                for rows in _blocks(len(subsets), 1024):
+                    predictions[queries, rows] += values @ subsets.masks[rows, examples].astype(np.float64).T
+        return predictions
+
+    def top(self, k: int = 10, train_dataset: datasets.Dataset | None = None) -> datasets.Dataset:
+        """The training examples that raise each query's output most.
+
+        Args:
+            k: How many for each query; all of them where there are fewer.
+            train_dataset: The training set; its columns are joined to the rows, as they are (images stay
+                images). A column that bears one of our names gets the prefix `train_`.
+
+        Returns:
+            A row for each query and rank: `query`, `rank` (from 1), `train_index`, `score`, and the columns
+            of `train_dataset`. Of equal scores the lower train index comes first.
+
+        Raises:
+            ValueError: `k` is less than 1.
+            MismatchError: `train_dataset` has not N rows.
+        """
+        return self._extremes(k, train_dataset, sign=1)
+
+    def bottom(self, k: int = 10, train_dataset: datasets.Dataset | None = None) -> datasets.Dataset:
+        """Return the training examples that lower each query's output most, lowest first; else as `top`."""
+        return self._extremes(k, train_dataset, sign=-1)
+
+    def _extremes(self, k: int, train_dataset: datasets.Dataset | None, sign: int) -> datasets.Dataset:
+        import datasets
+
+        num_queries, num_examples = self.values.shape
+        if k < 1:
+            raise ValueError(f"k={k}: ask for at least 1 training example a query.")
+        if train_dataset is not None and len(train_dataset) != num_examples:
+            raise MismatchError(
+                f"The scores are for {num_examples} training examples and train_dataset has "
+                f"{len(train_dataset)}: pass the dataset that was attributed."
+            )
+        k = min(k, num_examples)
+        chosen = np.stack([_largest(sign * row, k) for row in self.values])
+        rows = datasets.Dataset.from_dict(
+            {
+                "query": np.arange(num_queries).repeat(k),
+                "rank": np.tile(np.arange(1, k + 1), num_queries),
+                "train_index": chosen.reshape(-1),
+                "score": np.take_along_axis(self.values, chosen, axis=1).reshape(-1),
+            }
+        )
+        if train_dataset is None:
+            return rows
+        examples = train_dataset.with_format(None).select(chosen.reshape(-1))
+        names = _unlike(train_dataset.column_names, rows.column_names)
+        return datasets.concatenate_datasets([rows, examples.rename_columns(names)], axis=1)
+
+    @classmethod
+    def mean(cls, members: Sequence[Scores]) -> Scores:
+        """Average the scores of several models, checkpoints or methods: an ensemble.
+
+        Args:
+            members: Scores of the same shape for the same data and task.
+
+        Returns:
+            Their mean, with the members' methods and settings in `settings["mean_of"]`, the sum of their
+            `seconds` and the union of their `used_subsets`.
+
+        Raises:
+            ValueError: There are no members.
+            MismatchError: Shapes differ, or the fingerprints of train, query or task.
+
+        Example:
+            >>> import numpy as np
+            >>> one, two = (Scores(np.full((1, 2), value), method="trak") for value in (1.0, 2.0))
+            >>> Scores.mean([one, two]).values.tolist()
+            [[1.5, 1.5]]
+        """
+        if not members:
+            raise ValueError("There are no scores to average.")
+        shape = members[0].values.shape
+        for number, member in enumerate(members):
+            if member.values.shape != shape:
+                raise MismatchError(
+                    f"Scores 0 are [queries, training examples] = {list(shape)} and scores {number} are "
+                    f"{list(member.values.shape)}: average only scores for the same data."
+                )
+        provenance = merge_provenance([member.provenance for member in members], shared=("train", "query", "task"))
+        values = np.empty(shape, dtype=np.float32)
+        for row in range(len(values)):  # one row at a time: no second copy in float64
+            values[row] = np.mean([member.values[row] for member in members], axis=0, dtype=np.float64)
+        methods = list(dict.fromkeys(member.method for member in members))
+        mean_of = [
+            {"method": member.method, "settings": member.settings, "fingerprint": member.fingerprint}
+            for member in members
+        ]
+        return cls(values, methods[0] if len(methods) == 1 else "mean", {"mean_of": mean_of}, provenance)
+
+    def to_dataset(self) -> datasets.Dataset:
+        """Return a row a query: `query`, `scores` (a list of N float32)."""
+        columns = {"query": np.arange(len(self.values)), "scores": self.values}
+        return to_rows(self.kind, columns, self._pack()[1], title=repr(self))
+
+    @classmethod
+    def from_dataset(cls, dataset: datasets.Dataset) -> Scores:
+        """Return what `to_dataset` was given, also after Parquet or the Hub, or raise `ArtefactError`."""
+        columns, metadata = from_rows(dataset, cls.kind)
+        return cls._unpack({"values": columns["scores"]}, metadata)
+
+    def _pack(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        metadata = {"method": self.method, "settings": self.settings, "provenance": self.provenance}
+        return {"values": self.values}, metadata
+
+    @classmethod
+    def _unpack(cls, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> Scores:
+        return cls(arrays["values"], metadata["method"], metadata["settings"], metadata["provenance"])
+
+
+def _blocks(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, length, size))
+
+
+def _largest(row: np.ndarray, k: int) -> np.ndarray:
+    """Return the positions of the k largest of `[N]`, largest first, of equals the lower position first."""
+    smallest = np.partition(row, len(row) - k)[len(row) - k]
+    above, equal = np.flatnonzero(row > smallest), np.flatnonzero(row == smallest)
+    chosen = np.concatenate([above, equal[: k - len(above)]])
+    return chosen[np.argsort(-row[chosen], kind="stable")] if k > 1 else chosen
+
+
+def _unlike(names: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
+    """Return new names, with `train_` the names that are taken, until they are not."""
+    renamed: dict[str, str] = {}
+    for name in names:
+        new = name
+        while new in taken or (new != name and new in names):
+            new = f"train_{new}"
+        renamed[name] = new
+    return renamed

@@ -1,0 +1,260 @@
+"""Subsets of a training set: drawn at random, by class, or leaving one out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from hf_attribution.artefacts import Artefact, freeze
+from hf_attribution.errors import MismatchError
+from hf_attribution.rows import from_rows, to_rows
+from hf_attribution.seals import fingerprint, plain_json
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Subsets(Artefact):
+    """Subsets of a training set, one a row: which examples are trained on.
+
+    The mask array is not copied (memory matters at 1,000 x 1,000,000) but seen through a read-only view: do
+    not write to it afterwards. Compare artefacts by `fingerprint`.
+
+    Attributes:
+        masks: bool `[M, N]`, True where an example is kept.
+        description: How they were drawn; JSON.
+
+    Raises:
+        TypeError: `masks` is not boolean.
+        ValueError: It is not `[M, N]` with N of at least 2, or a subset is empty or the whole set.
+
+    Example:
+        >>> subsets = Subsets.random(num_examples=100, num_subsets=20, fraction=0.5, seed=0)
+        >>> subsets
+        Subsets(20 of 100 examples, fraction 0.5, random)
+        >>> len(subsets.indices(3))
+        50
+    """
+
+    kind: ClassVar[str] = "subsets"
+
+    masks: np.ndarray
+    description: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        masks = np.asarray(self.masks)
+        if masks.dtype != np.bool_:
+            raise TypeError(f"Subsets.masks must be bool, True where an example is kept; it is {masks.dtype}.")
+        if masks.ndim != 2 or len(masks) < 1 or masks.shape[1] < 2:
+            raise ValueError(
+                f"Subsets.masks must be [subsets, examples] with at least 2 examples; its shape is {masks.shape}."
+            )
+        kept = np.count_nonzero(masks, axis=1)
+        for wrong, name in (
+            (0, "empty: nothing is left to train on"),
+            (masks.shape[1], "the whole training set"),
+        ):
+            if (kept == wrong).any():
+                raise ValueError(f"Subset {int(np.argmax(kept == wrong))} is {name}. Leave it out.")
+        object.__setattr__(self, "masks", freeze(masks, np.bool_))
+        object.__setattr__(self, "description", plain_json(self.description, "Subsets.description"))
+
+    @classmethod
+    def random(cls, num_examples: int, num_subsets: int, fraction: float = 0.5, seed: int = 0) -> Subsets:
+        """Draw subsets of exactly `round(fraction * num_examples)` examples, uniformly and independently.
+
+        With the same seed the first subsets stay the same when `num_subsets` grows, so more can be added
+        later.
+
+        Args:
+            num_examples: N, the length of the training set.
+            num_subsets: M.
+            fraction: The fraction kept.
+            seed: Of the random numbers.
+
+        Returns:
+            The subsets.
+
+        Raises:
+            ValueError: The fraction keeps no example or all of them, or a number is too small.
+
+        Example:
+            >>> few, many = (Subsets.random(100, num_subsets) for num_subsets in (5, 50))
+            >>> bool((few.masks == many.masks[:5]).all())
+            True
+        """
+        size = _subset_size(num_examples, num_subsets, fraction)
+        generator = np.random.default_rng(seed)
+        masks = np.zeros((num_subsets, num_examples), dtype=bool)
+        for mask in masks:
+            mask[_smallest(generator.random(num_examples), size)] = True
+        return cls(masks, {"name": "random", "fraction": fraction, "seed": seed})
+
+    @classmethod
+    def stratified(
+        cls, labels: Sequence[Any] | np.ndarray, num_subsets: int, fraction: float = 0.5, seed: int = 0
+    ) -> Subsets:
+        """Draw subsets of exactly `round(fraction * N)` examples that keep the same fraction of every class.
+
+        Where a class's share is no whole number it is rounded up or down by systematic sampling over the
+        classes in
+        random order: every class is within one of its share, the sizes add up, and on average each class, and
+        each example, is kept equally often. As with `random`, the first subsets stay when `num_subsets`
+        grows.
+
+        Args:
+            labels: `[N]`, the class of each training example; numbers or strings.
+            num_subsets: M.
+            fraction: The fraction kept.
+            seed: Of the random numbers.
+
+        Returns:
+            The subsets.
+
+        Raises:
+            ValueError: As for `random`, or `labels` is not one-dimensional.
+
+        Example:
+            >>> labels = ["a"] * 60 + ["b"] * 40
+            >>> Subsets.stratified(labels, num_subsets=3).counts(labels).tolist()
+            [[30, 20], [30, 20], [30, 20]]
+        """
+        codes = _codes(labels)
+        size = _subset_size(len(codes), num_subsets, fraction)
+        members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+        shares = np.array([len(rows) for rows in members]) * size  # in units of 1 / N, so that all is exact
+        generator = np.random.default_rng(seed)
+        masks = np.zeros((num_subsets, len(codes)), dtype=bool)
+        for mask in masks:
+            order, offset = generator.permutation(len(members)), generator.integers(len(codes))
+            ends = (np.cumsum(shares[order]) + offset) // len(codes)
+            keys = generator.random(len(codes))
+            for group, count in zip(order, np.diff(ends, prepend=0), strict=True):
+                rows = members[group]
+                mask[rows[_smallest(keys[rows], count)]] = True
+        return cls(masks, {"name": "stratified", "fraction": fraction, "seed": seed})
+
+    @classmethod
+    def leave_one_out(cls, num_examples: int, indices: Sequence[int] | np.ndarray | None = None) -> Subsets:
+        """Leave out one example at a time.
+
+        Args:
+            num_examples: N, the length of the training set.
+            indices: The examples to leave out, one subset for each; by default all.
+
+        Returns:
+            The subsets, in the order of `indices`.
+
+        Raises:
+            IndexError: An index is not a position in the training set.
+
+        Example:
+            >>> Subsets.leave_one_out(3).masks.astype(int).tolist()
+            [[0, 1, 1], [1, 0, 1], [1, 1, 0]]
+        """
+        left_out = np.arange(num_examples) if indices is None else np.asarray(indices, dtype=np.int64)
+        outside = left_out[(left_out < 0) | (left_out >= num_examples)]
+        if len(outside):
+            raise IndexError(f"Example {outside[0]} is not in a training set of {num_examples}.")
+        masks = np.ones((len(left_out), num_examples), dtype=bool)
+        masks[np.arange(len(left_out)), left_out] = False
+        return cls(masks, {"name": "leave_one_out"})
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def __repr__(self) -> str:
+        name = f", {self.description['name']}" if "name" in self.description else ""
+        return f"Subsets({len(self)} of {self.num_examples} examples, fraction {self.fraction:.3g}{name})"
+
+    @property
+    def num_examples(self) -> int:
+        """N, the length of the training set."""
+        return self.masks.shape[1]
+
+    @property
+    def fraction(self) -> float:
+        """The fraction of the training set that a subset keeps, on average over the subsets."""
+        return np.count_nonzero(self.masks) / self.masks.size
+
+    def indices(self, subset: int) -> np.ndarray:
+        """Return the examples that one subset keeps, ascending; int64."""
+        return np.flatnonzero(self.masks[subset]).astype(np.int64, copy=False)
+
+    def keys(self) -> list[str]:
+        """Return one name for each subset, by its content: the `fingerprint` of its mask."""
+        return [fingerprint(mask) for mask in self.masks]
+
+    def counts(self, groups: Sequence[Any] | np.ndarray) -> np.ndarray:
+        """How many examples of each group (class, source, ...) each subset holds.
+
+        Args:
+            groups: `[N]`, the group of each training example; numbers or strings.
+
+        Returns:
+            int64 `[M, K]`, the groups in sorted order.
+
+        Raises:
+            MismatchError: There are not N of them.
+        """
+        codes = _codes(groups)
+        if len(codes) != self.num_examples:
+            raise MismatchError(f"There are {len(codes)} groups and {self.num_examples} examples: give one for each.")
+        members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+        return np.stack([np.count_nonzero(self.masks[:, rows], axis=1) for rows in members], axis=1)
+
+    def select(self, subset_indices: Sequence[int] | np.ndarray) -> Subsets:
+        """Return the subsets at these positions, in this order."""
+        return Subsets(self.masks[np.asarray(subset_indices)], self.description)
+
+    def to_dataset(self) -> datasets.Dataset:
+        """Return a row a subset: `subset`, `mask` (a list of N booleans)."""
+        arrays, metadata = self._pack()
+        columns = {"subset": np.arange(len(self)), "mask": arrays["masks"]}
+        return to_rows(self.kind, columns, metadata, title=repr(self))
+
+    @classmethod
+    def from_dataset(cls, dataset: datasets.Dataset) -> Subsets:
+        """Return what `to_dataset` was given, also after Parquet or the Hub, or raise `ArtefactError`."""
+        columns, metadata = from_rows(dataset, cls.kind)
+        return cls._unpack({"masks": columns["mask"]}, metadata)
+
+    def _pack(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        return {"masks": self.masks}, {"description": self.description}
+
+    @classmethod
+    def _unpack(cls, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> Subsets:
+        return cls(arrays["masks"], metadata["description"])
+
+
+def _codes(labels: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """Return the number of each label in the sorted order of the classes: int64 `[N]`.
+
+    Raises:
+        ValueError: The labels are not one-dimensional.
+    """
+    values = np.asarray(labels)
+    if values.ndim != 1:
+        raise ValueError(f"Labels or groups must be one for each training example; their shape is {values.shape}.")
+    return np.unique(values, return_inverse=True)[1]
+
+
+def _subset_size(num_examples: int, num_subsets: int, fraction: float) -> int:
+    if num_examples < 2 or num_subsets < 1:
+        raise ValueError(f"{num_subsets} subsets of {num_examples} examples: at least 1 of at least 2 are needed.")
+    size = round(fraction * num_examples)
+    if not 0 < size < num_examples:
+        raise ValueError(
+            f"fraction={fraction} keeps {size} of {num_examples} examples; give one between "
+            f"{1 / num_examples:.3g} and {1 - 1 / num_examples:.3g}, so that each subset "
+            "keeps some examples and leaves some out."
+        )
+    return size
+
+
+def _smallest(keys: np.ndarray, count: int) -> np.ndarray:
+    return np.argpartition(keys, count - 1)[:count]
