@@ -1,11 +1,10 @@
 """What an attribution method is given: a model and its checkpoints, a task, training examples and queries."""
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 

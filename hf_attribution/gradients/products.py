@@ -101,7 +101,9 @@ def _score_block(
         gradients = train(batch.to(train.device))
         products = block.products(gradients)
         if normalize:
-            products = products / (block.norms[:, None] * _norms(gradients)).clamp(min=torch.finfo(products.dtype).tiny)
+            products = products / (block.norms[:, None] * _norms(gradients)).clamp(
+                min=torch.finfo(products.dtype).tiny
+            )
         refuse_non_finite(products.T, batch.indices, "An inner product with the gradient")
         scores[np.ix_(rows, batch.indices.numpy())] = products.cpu().numpy()
         bar.update(len(batch.indices))

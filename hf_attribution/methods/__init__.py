@@ -22,10 +22,7 @@ class _Methods(dict[str, type[Method]]):
 
 
 METHODS: dict[str, type[Method]] = _Methods(
-    {
-        method.name: method
-        for method in (Random, LabelMatch, RepresentationSimilarity, GradDot, GradCos, TracIn, Trak)
-    }
+    {method.name: method for method in (Random, LabelMatch, RepresentationSimilarity, GradDot, GradCos, TracIn, Trak)}
 )
 
 

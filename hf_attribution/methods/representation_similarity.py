@@ -55,7 +55,7 @@ def _capture(model: nn.Module, layer: str | None, forward: Any) -> Tensor:
         seen.append(args[0] if layer is None else output[0] if isinstance(output, tuple) else output)
 
     if layer is None:
-        hooked = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        hooked: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Linear)]
     else:
         try:
             hooked = [model.get_submodule(layer)]

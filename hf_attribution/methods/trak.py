@@ -62,7 +62,7 @@ class Trak(Method):
 
 
 def ridge_scores(query: FeatureStore, train: FeatureStore, damping: float) -> np.ndarray:
-    """`φ(query) (ΦᵀΦ + λI)⁻¹ Φᵀ` with λ = damping × mean squared norm of Φ's rows: float32 `[Q, N]`.
+    """`φ(query) (ΦᵀΦ + λI)⁻¹ Φᵀ` with λ = damping times the mean squared norm of Φ's rows: float32 `[Q, N]`.
 
     Args:
         query: Features of Q queries.

@@ -1,0 +1,192 @@
+"""`attribute`: scores of training examples for queries, with or without a Trainer."""
+
+import contextlib
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import default_data_collator
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_attribution.data import Split, check_same_columns, used_columns
+from hf_attribution.errors import MismatchError, NonFiniteError
+from hf_attribution.methods import Method, get_method
+from hf_attribution.problem import Checkpoint, Problem
+from hf_attribution.scores import Scores
+from hf_attribution.tasks import Task, infer_task
+
+
+def attribute(
+    model: nn.Module,
+    train_dataset: Any,
+    query_dataset: Any,
+    *,
+    method: str | Method = "trak",
+    task: Task | None = None,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    checkpoints: Sequence[str | Path | nn.Module] | None = None,
+    batch_size: int = 32,
+    cache_dir: str | Path | None = None,
+    remove_unused_columns: bool = True,
+    progress: bool = True,
+) -> Scores:
+    """Attribute a model's outputs on queries to its training examples.
+
+    The model is left as it was: its mode, its weights, its gradients.
+
+    Args:
+        model: The trained model, on the device to compute on.
+        train_dataset: What it was trained on, preprocessed: N rows.
+        query_dataset: What to explain, preprocessed alike: Q rows.
+        method: A name in `METHODS`, or a method with settings, `Trak(dim=4096)`.
+        task: What is learned and measured; by default told from the model's class, see `infer_task`.
+        data_collator: The collator of training; by default transformers' `default_data_collator`.
+        checkpoints: Weights to attribute with, as folders or models, instead of the model's own: several independently
+            trained models, or the checkpoints of a run. A method averages over them.
+        batch_size: Rows in a batch. It does not change the scores.
+        cache_dir: Where projected gradients are kept and found again; by default they are deleted at the end.
+        remove_unused_columns: Drop columns that the model's `forward` does not take, as the Trainer does.
+        progress: Whether to show progress bars.
+
+    Returns:
+        `Scores` with values `[Q, N]`, positive where including the example raises the measured output.
+
+    Raises:
+        MismatchError: If the query dataset lacks columns, or a checkpoint is of another architecture.
+        NonFiniteError: If a loss, gradient or score is NaN or infinite; the message names the row.
+        ValueError: If a batch has no labels, or a method or setting is unknown.
+
+    Example:
+        >>> scores = attribute(model, train, test, method="trak")  # doctest: +SKIP
+        >>> scores.top(k=5)  # doctest: +SKIP
+    """
+    chosen = get_method(method)
+    task = task if task is not None else infer_task(model)
+    check_same_columns(train_dataset, query_dataset)
+    collator = data_collator if data_collator is not None else default_data_collator
+    splits = []
+    for name, dataset in (("train", train_dataset), ("query", query_dataset)):
+        kept = used_columns(dataset, model) if remove_unused_columns else dataset
+        splits.append(Split(kept, collator, batch_size, name))
+    started = time.perf_counter()
+    with _folder(cache_dir) as folder:
+        problem = Problem(
+            model=model,
+            task=task,
+            train=splits[0],
+            query=splits[1],
+            train_dataset=train_dataset,
+            query_dataset=query_dataset,
+            checkpoints=[as_checkpoint(c) for c in (checkpoints if checkpoints is not None else [model])],
+            cache_dir=folder,
+            progress=progress,
+        )
+        _try_task(problem)
+        scored = chosen.score(problem)
+    values = np.asarray(scored.values, dtype=np.float32)
+    _check_values(values, problem, chosen.name)
+    provenance = {
+        "fingerprints": problem.fingerprints,
+        "measurement": task.measurement_name,
+        "task": task.description,
+        "checkpoints": [checkpoint.name for checkpoint in problem.checkpoints],
+        "choices": scored.choices,
+        "seconds": time.perf_counter() - started,
+    }
+    return Scores(values=values, method=chosen.name, settings=chosen.settings, provenance=provenance)
+
+
+def as_checkpoint(source: str | Path | nn.Module | Checkpoint) -> Checkpoint:
+    """A checkpoint from a folder or a model; a Trainer's folder is weighted by its learning rates.
+
+    Args:
+        source: A folder, a model, or a checkpoint, which is returned as it is.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, nn.Module):
+        return Checkpoint(source)
+    folder = Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"The checkpoint folder {folder} does not exist.")
+    return Checkpoint(folder)
+
+
+def trainer_checkpoints(output_dir: str | Path) -> list[Checkpoint]:
+    """The `checkpoint-*` folders of a Trainer, in step order, weighted by the learning rates of their run.
+
+    A checkpoint stands for the steps since the one before it: its weight is the mean of the learning rates at the two
+    ends, as the scheduler saved them, times the share of the run's steps between them. (The rate at the checkpoint
+    alone, as in Pruthi et al. 2020, is zero for the last checkpoint of a linear schedule.)
+
+    Args:
+        output_dir: The Trainer's `output_dir`.
+
+    Returns:
+        The checkpoints.
+
+    Raises:
+        ValueError: If there are none, or they were saved without their scheduler.
+    """
+    folders = sorted(
+        (p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdigit()),
+        key=lambda p: int(p.name.rpartition("-")[2]),
+    )
+    if not folders:
+        raise ValueError(
+            f"There are no checkpoint-* folders in {output_dir}: train with save_strategy='epoch' (or 'steps') and "
+            "without save_total_limit, or pass checkpoints=[...]."
+        )
+    weights, last_rate, last_step = [], None, 0
+    for folder in folders:
+        try:
+            state = torch.load(folder / "scheduler.pt", weights_only=True)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{folder} has no scheduler.pt, so its learning rate is not known: train with save_only_model=False, "
+                "or pass checkpoints=[Checkpoint(folder, weight=learning_rate), ...]."
+            ) from error
+        step, rate = int(folder.name.rpartition("-")[2]), float(state["_last_lr"][0])
+        before = float(state["base_lrs"][0]) if last_rate is None else last_rate
+        weights.append((before + rate) / 2 * (step - last_step))
+        last_rate, last_step = rate, step
+    return [Checkpoint(f, weight / last_step) for f, weight in zip(folders, weights, strict=True)]
+
+
+def _try_task(problem: Problem) -> None:
+    """Two examples of either split through the task, so that what is missing is said before hours are spent."""
+    with torch.no_grad():
+        for model, _ in dataclasses.replace(problem, checkpoints=problem.checkpoints[:1]).models():
+            problem.task.losses(model, problem.train.probe().to(problem.device).inputs)
+            problem.task.measurement(model, problem.query.probe().to(problem.device).inputs)
+
+
+def _check_values(values: np.ndarray, problem: Problem, method: str) -> None:
+    if values.shape != problem.shape:
+        raise MismatchError(f"{method} returned scores {values.shape}, not [Q, N] = {problem.shape}.")
+    finite = np.isfinite(values)
+    if not finite.all():
+        query, row = (int(index) for index in np.argwhere(~finite)[0])
+        raise NonFiniteError(f"{method} scored query {query}, train row {row} as {values[query, row]}.")
+
+
+@contextlib.contextmanager
+def _folder(cache_dir: str | Path | None) -> Iterator[Path]:
+    if cache_dir is None:
+        with tempfile.TemporaryDirectory(prefix="hf_attribution-") as temporary:
+            yield Path(temporary)
+    else:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        yield Path(cache_dir)
