@@ -1,1 +1,93 @@
-"""Training data attribution for Hugging Face models, measured by retraining."""
+"""Training data attribution for Hugging Face models, measured by retraining.
+
+    trainer = AttributionTrainer(model=model, args=args, train_dataset=train, eval_dataset=test)
+    trainer.train()
+    scores = trainer.attribute(test, method="trak")
+    truth = trainer.retrain(num_subsets=100, fraction=0.5, seeds=2)
+    evaluate_lds(scores, truth, train)
+
+Importing the package registers its metrics with `evaluate`, so that `evaluate.load("lds")` works offline, and imports
+neither torch nor transformers: names are imported when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_attribution.metric_cache import metric_path, register_metrics
+
+if TYPE_CHECKING:
+    from hf_attribution.attribution import attribute
+    from hf_attribution.counterfactuals import Counterfactuals, Subsets
+    from hf_attribution.evaluation import LDSReport, evaluate_lds
+    from hf_attribution.methods import (
+        METHODS,
+        GradCos,
+        GradDot,
+        LabelMatch,
+        Random,
+        RepresentationSimilarity,
+        TracIn,
+        Trak,
+    )
+    from hf_attribution.problem import Checkpoint
+    from hf_attribution.scores import Scores
+    from hf_attribution.tasks import infer_task
+    from hf_attribution.trainer import AttributionMixin, AttributionTrainer
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "attribution": ("attribute",),
+    "counterfactuals": ("Counterfactuals", "Subsets"),
+    "evaluation": ("LDSReport", "evaluate_lds"),
+    "methods": (
+        "METHODS",
+        "GradCos",
+        "GradDot",
+        "LabelMatch",
+        "Random",
+        "RepresentationSimilarity",
+        "TracIn",
+        "Trak",
+    ),
+    "problem": ("Checkpoint",),
+    "scores": ("Scores",),
+    "tasks": ("infer_task",),
+    "trainer": ("AttributionMixin", "AttributionTrainer"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "METHODS",
+    "AttributionMixin",
+    "AttributionTrainer",
+    "Checkpoint",
+    "Counterfactuals",
+    "GradCos",
+    "GradDot",
+    "LDSReport",
+    "LabelMatch",
+    "Random",
+    "RepresentationSimilarity",
+    "Scores",
+    "Subsets",
+    "TracIn",
+    "Trak",
+    "attribute",
+    "evaluate_lds",
+    "infer_task",
+    "metric_path",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hf_attribution' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"hf_attribution.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+register_metrics()

@@ -1,0 +1,1 @@
+"""Tables and pictures of attributions: for a terminal, a notebook or a paper."""
