@@ -45,7 +45,7 @@ Examples:
     >>> references = [[1.0, 2.5, 2.0, 4.0, 3.0], [2.0, 1.0, 1.5, 3.0, 2.5]]
     >>> results = lds.compute(predictions=predictions, references=references)
     >>> round(results["lds"], 3), [round(rho, 3) for rho in results["lds_per_query"]]
-    (0.5, [1.0, 0.0])
+    (0.55, [1.0, 0.1])
     >>> flipped = [[-value for value in row] for row in references]
     >>> lds.compute(predictions=flipped, references=references)["lds"]
     -1.0

@@ -120,7 +120,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def spearman_p_values(rho: np.ndarray, num_subsets: int) -> np.ndarray:
-    """Return two-sided p-values of `rho` `[Q]`, from Student's t with M - 2 degrees of freedom as in scipy."""
+    """Return two-sided p-values of `rho` `[Q]`, from Student's t M - 2 degrees of freedom, like scipy."""
     with np.errstate(divide="ignore"):
         t = rho * np.sqrt((num_subsets - 2) / ((1 - rho) * (1 + rho)))
     return 2 * student_t.sf(np.abs(t), num_subsets - 2)
@@ -195,7 +195,10 @@ def confidence_interval(
 
     centre = np.arctanh(estimate) - (means.mean() - estimate) / slope
     half = student_t.ppf(0.5 + bootstrap.confidence_level / 2, df) * np.sqrt(variance) / slope
-    return float(np.tanh(centre - half)), float(np.tanh(centre + half))
+    # Without its bias the estimate of many queries can lie beside the interval; a reader would take that for
+    # a fault, so that the interval is extended to it.
+    low, high = np.tanh(centre - half), np.tanh(centre + half)
+    return float(min(low, estimate)), float(max(high, estimate))
 
 
 def bootstrap_subsets(x: np.ndarray, y: np.ndarray, bootstrap: Bootstrap) -> tuple[np.ndarray, np.ndarray]:
@@ -245,7 +248,7 @@ def _rank_positions(row: np.ndarray) -> RankPositions:
 def _resampled_spearman(
     x: RankPositions, y: RankPositions, counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return rho of one query in resamples `counts` `[M, B]`, 0 if undefined, and if it is defined: `[B]` each."""
+    """Return rho (0 where undefined) and whether it is defined, `[B]` each, for `counts` `[M, B]`."""
     a, b = _resampled_ranks(x, counts), _resampled_ranks(y, counts)
     weighted = counts * a
     covariance = np.einsum("mb,mb->b", weighted, b)
