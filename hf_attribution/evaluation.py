@@ -258,9 +258,7 @@ def _subsets_needed(num_groups: int) -> int:
     return num_groups + 4
 
 
-def _ceiling(
-    counterfactuals: Counterfactuals, lds: float, covariates: np.ndarray | None = None
-) -> float | None:
+def _ceiling(counterfactuals: Counterfactuals, lds: float, covariates: np.ndarray | None = None) -> float | None:
     """Return the noise ceiling, or None where one seed cannot tell or no query is defined."""
     if counterfactuals.outputs.shape[1] < 2 or math.isnan(lds):
         return None

@@ -11,9 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-logger = logging.getLogger(
-    __name__
-)  # not transformers' logger: importing that would cost what this module saves
+logger = logging.getLogger(__name__)  # not transformers' logger: importing that would cost what this module saves
 
 
 def metric_path(name: str) -> str:
@@ -130,8 +128,6 @@ def _install(files: dict[str, bytes], target: Path) -> None:
 def _make_newest(script: Path) -> None:
     """Give `script` a later time than other versions in the cache; write nothing where it has."""
     own = script.stat().st_mtime_ns
-    others = [
-        path.stat().st_mtime_ns for path in script.parent.parent.glob(f"*/{script.name}") if path != script
-    ]
+    others = [path.stat().st_mtime_ns for path in script.parent.parent.glob(f"*/{script.name}") if path != script]
     if others and max(others) >= own:
         os.utime(script)

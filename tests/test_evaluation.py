@@ -39,9 +39,7 @@ def effects(labels):
 def make_truth(effects, seeds=2, noise=2.0, protocol=PROTOCOL, provenance=None, num_subsets=NUM_SUBSETS):
     subsets = Subsets.random(NUM_EXAMPLES, num_subsets, seed=1)
     signal = subsets.masks @ effects.T
-    outputs = signal[:, None] + noise * np.random.default_rng(2).normal(
-        size=(num_subsets, seeds, len(effects))
-    )
+    outputs = signal[:, None] + noise * np.random.default_rng(2).normal(size=(num_subsets, seeds, len(effects)))
     return Counterfactuals(subsets, outputs, protocol, provenance or {})
 
 

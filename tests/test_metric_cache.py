@@ -80,7 +80,7 @@ def test_ours_becomes_the_newest(modules):
     foreign = ours.parent.with_name("f" * 64) / "lds.py"
     foreign.parent.mkdir()
     foreign.write_text("another version")
-    os.utime(foreign, ns=(2 * ours.stat().st_mtime_ns // 2 + 10, ours.stat().st_mtime_ns + 10))
+    os.utime(foreign, ns=(ours.stat().st_mtime_ns + 10,) * 2)
     metric_cache.register_metrics()
     assert max(scripts(modules), key=lambda path: path.stat().st_mtime_ns) == ours
     assert foreign.read_text() == "another version"
@@ -130,9 +130,7 @@ def test_metrics_inside_the_package_come_first(tmp_path, monkeypatch):
     assert '"metrics" = "hf_attribution/metrics"' in (REPOSITORY / "pyproject.toml").read_text()
 
 
-@pytest.mark.parametrize(
-    "variables", [("HF_HOME",), ("XDG_CACHE_HOME",), ()], ids=lambda v: "-".join(v) or "home"
-)
+@pytest.mark.parametrize("variables", [("HF_HOME",), ("XDG_CACHE_HOME",), ()], ids=lambda v: "-".join(v) or "home")
 def test_cache_is_the_one_evaluate_uses(variables, tmp_path, monkeypatch):
     for name in ("HF_MODULES_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -177,9 +175,7 @@ def test_fresh_processes_load_it_without_us(tmp_path):
         run_python(COMPUTE.format(name="lds"), tmp_path, PYTHONPATH=""),
         run_python(COMPUTE.format(name=metric_cache.metric_path("lds")), tmp_path, PYTHONPATH=""),
         # From the root of the repository, with an empty cache: nothing registered, nothing imported.
-        run_python(
-            COMPUTE.format(name="metrics/lds"), tmp_path, HF_HOME=str(tmp_path / "empty"), CWD=str(REPOSITORY)
-        ),
+        run_python(COMPUTE.format(name="metrics/lds"), tmp_path, HF_HOME=str(tmp_path / "empty"), CWD=str(REPOSITORY)),
     ]
     assert [output_of(process) for process in loaders] == ["1.0 False"] * len(loaders)
 
@@ -189,10 +185,11 @@ def test_spawned_workers_load_it(tmp_path):
     (tmp_path / "main.py").write_text(
         textwrap.dedent("""
         import multiprocessing
-        import evaluate
         from hf_attribution.metric_cache import register_metrics
 
         def score(scale):
+            import evaluate
+
             rows = [[1.0 * scale, 2.0 * scale, 3.0 * scale]]
             return evaluate.load("lds").compute(predictions=rows, references=[[1, 2, 4]])["lds"]
 

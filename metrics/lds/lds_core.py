@@ -99,9 +99,7 @@ def _score(x: np.ndarray, y: np.ndarray, bootstrap: Bootstrap, num_regressors: i
     return {
         "lds": _mean(rho[defined]),
         "lds_per_query": rho.tolist(),
-        "confidence_interval": confidence_interval(
-            x[defined], y[defined], rho[defined], bootstrap, num_regressors
-        ),
+        "confidence_interval": confidence_interval(x[defined], y[defined], rho[defined], bootstrap, num_regressors),
         "num_undefined": int((~defined).sum()),
     }
 
@@ -120,7 +118,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def spearman_p_values(rho: np.ndarray, num_subsets: int) -> np.ndarray:
-    """Return two-sided p-values of `rho` `[Q]`, from Student's t M - 2 degrees of freedom, like scipy."""
+    """Return two-sided p-values of `rho` `[Q]`, from Student's t with M - 2 degrees of freedom like scipy."""
     with np.errstate(divide="ignore"):
         t = rho * np.sqrt((num_subsets - 2) / ((1 - rho) * (1 + rho)))
     return 2 * student_t.sf(np.abs(t), num_subsets - 2)
@@ -158,7 +156,7 @@ def confidence_interval(
     Resampling queries and subsets together and taking percentiles counts the noise that belongs to one
     query and one subset three times (Owen 2007), and a resample's duplicates pull rho towards zero as much
     again as few subsets do. So the two resamplings are kept apart. The variance is that of two-way
-    clustering (Cameron, Gelbach and Miller 2011, eq. 2.12): between queries + between resamples of the
+    clustering (Cameron, Gelbach and Miller 2011): between queries + between resamples of the
     subsets - what both hold, never below either. Resampling queries has its closed form; subsets are
     resampled jointly for all queries, and their bootstrap also gives the bias, which is taken off. Limits
     are Student's t with Satterthwaite's degrees of freedom, on Fisher's z scale.
@@ -245,9 +243,7 @@ def _rank_positions(row: np.ndarray) -> RankPositions:
     return RankPositions(np.argsort(row, kind="stable"), below, not_above)
 
 
-def _resampled_spearman(
-    x: RankPositions, y: RankPositions, counts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _resampled_spearman(x: RankPositions, y: RankPositions, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return rho (0 where undefined) and whether it is defined, `[B]` each, for `counts` `[M, B]`."""
     a, b = _resampled_ranks(x, counts), _resampled_ranks(y, counts)
     weighted = counts * a
