@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attribution.data import Split
+from hf_attribution.gradients.rules import output_tensors
 from hf_attribution.methods.base import Method, Scored
 from hf_attribution.problem import Problem
 
@@ -52,7 +53,7 @@ def _capture(model: nn.Module, layer: str | None, forward: Any) -> Tensor:
     seen: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.append(args[0] if layer is None else output[0] if isinstance(output, tuple) else output)
+        seen.append(args[0] if layer is None else output_tensors(output)[0])
 
     if layer is None:
         hooked: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Linear)]

@@ -70,15 +70,25 @@ def ridge_scores(query: FeatureStore, train: FeatureStore, damping: float) -> np
         damping: In units of the features' mean squared norm.
 
     Returns:
-        Scores, computed in blocks of training examples; only `[dim, dim]` and `[Q, dim]` are held.
+        Scores, computed in blocks of training examples; beside them only `[dim, dim]` and `[Q, dim]` are held.
     """
+    queries = torch.cat([block for _, block in query.blocks()])
+    if len(train) <= train.dim:
+        # The same by Woodbury's identity, with the smaller kernel: φ Φᵀ (ΦΦᵀ + λI)⁻¹.
+        features = torch.cat([block for _, block in train.blocks()])
+        return _solve(features @ features.T, damping, len(train), (queries @ features.T)).numpy()
     kernel = torch.zeros(train.dim, train.dim, dtype=torch.float64)
     for _, block in train.blocks():
         kernel += block.T @ block
-    kernel += damping * kernel.trace() / len(train) * torch.eye(train.dim, dtype=torch.float64)
-    queries = torch.cat([block for _, block in query.blocks()]).double()
-    solved: Tensor = torch.cholesky_solve(queries.T, torch.linalg.cholesky(kernel)).T.float()
+    solved = _solve(kernel, damping, len(train), queries)
     scores = np.empty((len(query), len(train)), dtype=np.float32)
     for where, block in train.blocks():
         scores[:, where] = (solved @ block.T).numpy()
     return scores
+
+
+def _solve(kernel: Tensor, damping: float, num_examples: int, queries: Tensor) -> Tensor:
+    """`queries (kernel + λI)⁻¹` in double precision: λ is small beside the kernel's largest eigenvalues."""
+    kernel = kernel.double()
+    ridge = damping * kernel.trace() / num_examples * torch.eye(len(kernel), dtype=kernel.dtype)
+    return torch.cholesky_solve(queries.T.double(), torch.linalg.cholesky(kernel + ridge)).T.float()
