@@ -76,7 +76,7 @@ def _positions_count_from_zero(model: nn.Module) -> bool:
     if model not in _COUNTS_FROM_ZERO:
         device = next(model.parameters()).device
         ids = torch.ones(1, 3, dtype=torch.long, device=device)
-        training = model.training
+        modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
             with torch.no_grad():
@@ -87,5 +87,6 @@ def _positions_count_from_zero(model: nn.Module) -> bool:
             # The model wants more than token ids (a second tower, say): it keeps its own positions.
             _COUNTS_FROM_ZERO[model] = False
         finally:
-            model.train(training)
+            for module, mode in modes.items():
+                module.training = mode
     return _COUNTS_FROM_ZERO[model]
