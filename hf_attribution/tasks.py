@@ -50,13 +50,17 @@ class Task:
     measures: ClassVar[tuple[str, ...]] = ("loss", "negative_loss")
 
     def __post_init__(self) -> None:
-        if isinstance(self.measure, str) and self.measure.partition(":")[0] not in self.measures:
+        if isinstance(self.measure, str) and not self._knows(self.measure):
             raise ValueError(
                 f"{self.name} has no measurement {self.measure!r}: choose one of {', '.join(self.measures)} "
                 "or pass a function (model, batch) -> Tensor of shape [B]."
             )
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}.")
+
+    def _knows(self, measure: str) -> bool:
+        kind, colon, which = measure.partition(":")
+        return kind in self.measures and (not colon or (kind == "logit" and which.isdecimal()))
 
     @property
     def measurement_name(self) -> str:
@@ -163,6 +167,7 @@ class PredictionTask(Task):
 
     def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         logits, targets = self._aligned(logits, targets)
+        _refuse_unknown_classes(targets, logits.shape[-1])
         losses = _token_sum(-_picked(logits.log_softmax(-1), targets), targets)
         if self.label_smoothing:
             uniform = _token_sum(-logits.log_softmax(-1).mean(-1), targets)
@@ -172,6 +177,9 @@ class PredictionTask(Task):
     def _measure(self, measure: str, logits: Tensor, targets: Tensor) -> Tensor:
         kind, _, which = measure.partition(":")
         logits, targets = self._aligned(logits, targets)
+        _refuse_unknown_classes(targets, logits.shape[-1])
+        if which and int(which) >= logits.shape[-1]:
+            raise MismatchError(f"The measurement is {measure} but the model has {logits.shape[-1]} classes.")
         if kind == "logit":
             values = logits[..., int(which)] if which else _picked(logits, targets)
         elif kind == "log_probability":
@@ -204,10 +212,6 @@ class Classification(PredictionTask):
             raise UnsupportedError(
                 f"Classification needs logits [B, C] and integer labels [B], not {tuple(logits.shape)} and "
                 f"{tuple(targets.shape)} {targets.dtype}. For several labels per example subclass Task."
-            )
-        if targets.numel() and int(targets.max()) >= logits.shape[-1]:
-            raise MismatchError(
-                f"A label is {int(targets.max())} but the model has {logits.shape[-1]} classes: set `num_labels`."
             )
         return logits[:, None], targets[:, None]
 
@@ -242,6 +246,13 @@ class CausalLM(TokenPrediction):
 
     def _aligned(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return logits[:, :-1], targets[:, 1:]
+
+    def _targets(self, batch: Batch) -> Tensor:
+        targets, mask = super()._targets(batch), batch.get("attention_mask")
+        if mask is None or mask.shape != targets.shape:
+            return targets
+        # A first token behind padding has nothing to be predicted from: without the padding it is no target either.
+        return targets.masked_fill(mask.roll(1, dims=1) == 0, IGNORE_INDEX)
 
     def _how_to_get_labels(self) -> str:
         return "Use DataCollatorForLanguageModeling(tokenizer, mlm=False), or add a 'labels' column."
@@ -279,15 +290,15 @@ class Seq2SeqLM(TokenPrediction):
         return "Tokenize the targets into a 'labels' column and use DataCollatorForSeq2Seq."
 
 
-# Order matters: BART-like classes stand in several of transformers' tables.
+# Order matters: BART's class stands in several of transformers' tables, and XLM's, which shifts nothing, in two.
 _TABLES: tuple[tuple[type[Task], tuple[str, ...], tuple[str, ...]], ...] = (
     (
         Seq2SeqLM,
         ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",),
         ("ForConditionalGeneration", "ForSeq2SeqLM"),
     ),
-    (CausalLM, ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",), ("ForCausalLM", "LMHeadModel")),
     (MaskedLM, ("MODEL_FOR_MASKED_LM_MAPPING_NAMES",), ("ForMaskedLM",)),
+    (CausalLM, ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",), ("ForCausalLM", "LMHeadModel")),
     (
         Classification,
         (
@@ -325,6 +336,8 @@ def infer_task(model: nn.Module, measure: Measure | None = None, label_smoothing
     for kind, tables, suffixes in _TABLES:
         known = any(_in_table(name, getattr(modeling_auto, table, {})) for table in tables)
         if known or name.endswith(suffixes):
+            if kind is Seq2SeqLM and not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+                kind = CausalLM  # decoders of text behind an image or audio tower have the same suffix
             if kind is Classification:
                 kind = _classification_or_regression(base)
             return kind(measure=measure, label_smoothing=label_smoothing)
@@ -360,6 +373,15 @@ def _classification_or_regression(model: nn.Module) -> type[Task]:
     if problem == "regression" or (problem is None and getattr(config, "num_labels", None) == 1):
         return Regression
     return Classification
+
+
+def _refuse_unknown_classes(targets: Tensor, num_classes: int) -> None:
+    unknown = targets[(targets != IGNORE_INDEX) & ((targets < 0) | (targets >= num_classes))]
+    if len(unknown):
+        raise MismatchError(
+            f"A label is {int(unknown[0])} but the model has {num_classes} classes, 0 to {num_classes - 1}: "
+            f"set `num_labels`, or leave out rows without a label ({IGNORE_INDEX} on a token ignores it)."
+        )
 
 
 def _token_sum(values: Tensor, targets: Tensor) -> Tensor:
