@@ -1,3 +1,5 @@
+# mypy: disable-error-code="import-not-found"
+# (a Space brings gradio, and has this folder on its path)
 """A page that computes the LDS from CSV files: what a Space of this folder shows."""
 
 import csv
