@@ -1,0 +1,125 @@
+"""How to make the user's trainer again: the arguments of its constructor, and the model before training."""
+
+import copy
+import dataclasses
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from hf_attribution.errors import UnsupportedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Builds fresh trainers like one that was built before; nothing of that one is changed or shared by weight.
+
+    Args:
+        trainer_class: The class of the trainer, with whatever the user made of it.
+        positional: The positional arguments its constructor was given.
+        named: The keyword arguments.
+        callbacks: Copies of the callbacks among them, as they were before the constructor saw them.
+        initial_model: A copy of the model on the CPU as it was after construction, or `None` where `model_init` makes
+            one. Copies that could not be made are the errors that say so.
+    """
+
+    trainer_class: type[Trainer]
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+    callbacks: list[Any] | UnsupportedError | None
+    initial_model: nn.Module | UnsupportedError | None
+
+    def build(
+        self, args: TrainingArguments, train_dataset: Any, trainer_class: type[Trainer] | None = None
+    ) -> Trainer:
+        """A fresh trainer with other training arguments and data, its model untrained.
+
+        Args:
+            args: Its training arguments; their seed seeds the constructor.
+            train_dataset: What it trains on.
+            trainer_class: A subclass of the trainer's class to build instead.
+
+        Returns:
+            The trainer.
+        """
+        replaced: dict[str, Any] = {"args": args, "train_dataset": train_dataset}
+        if self.initial_model is not None:
+            replaced["model"] = copy.deepcopy(_usable(self.initial_model))
+        if self.callbacks is not None:
+            replaced["callbacks"] = copy.deepcopy(_usable(self.callbacks))
+        positional, named = self._arguments(replaced)
+        built = trainer_class if trainer_class is not None else self.trainer_class
+        trainer: Any = built.__new__(built)
+        trainer._remembers = False  # a retraining is not retrained itself
+        trainer.__init__(*positional, **named)
+        return trainer
+
+    def check(self) -> None:
+        """Refuse now what `build` could not do later.
+
+        Raises:
+            UnsupportedError: If model or callbacks cannot be copied, or the constructor takes no other data.
+        """
+        placeholders: dict[str, Any] = {"args": None, "train_dataset": None}
+        if self.initial_model is not None:
+            _usable(self.initial_model)
+            placeholders["model"] = None
+        if self.callbacks is not None:
+            _usable(self.callbacks)
+        positional, named = self._arguments(placeholders)
+        try:
+            inspect.signature(self.trainer_class).bind(*positional, **named)
+        except TypeError as error:
+            raise UnsupportedError(
+                f"{self.trainer_class.__name__} cannot be built again for a retraining ({error}): let its __init__ "
+                "take model, args and train_dataset (or **kwargs) and hand them on."
+            ) from error
+
+    def given(self, name: str) -> Any:
+        """What the constructor was given for a parameter, or `None`."""
+        return given(self.trainer_class, self.positional, self.named, name)
+
+    def _arguments(self, replaced: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        names = positional_names(self.trainer_class)
+        positional = [replaced.get(name, value) for name, value in zip(names, self.positional, strict=False)]
+        placed = set(names[: len(self.positional)])
+        return positional, {**self.named, **{k: v for k, v in replaced.items() if k not in placed}}
+
+
+def positional_names(trainer_class: type) -> list[str]:
+    """The constructor's positional parameters, looked up where `*args` goes on to a parent's constructor."""
+    names: list[str] = []
+    for base in trainer_class.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]  # type: ignore[misc]
+        names += [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            break
+    return names
+
+
+def given(trainer_class: type, positional: tuple[Any, ...], named: dict[str, Any], name: str) -> Any:
+    """What a constructor is given for a parameter, or `None`."""
+    return {**dict(zip(positional_names(trainer_class), positional, strict=False)), **named}.get(name)
+
+
+def copied(thing: Any, remedy: str) -> Any:
+    """A deep copy, or the error to raise once the copy is needed: a constructor must not fail for it."""
+    try:
+        return copy.deepcopy(thing)
+    except Exception as error:
+        return UnsupportedError(f"Retraining needs a copy of {_name(thing)} ({error}): {remedy}")
+
+
+def _usable(thing: Any) -> Any:
+    if isinstance(thing, UnsupportedError):
+        raise thing
+    return thing
+
+
+def _name(thing: Any) -> str:
+    if isinstance(thing, list):
+        return "the callbacks " + ", ".join(getattr(item, "__name__", type(item).__name__) for item in thing)
+    return type(thing).__name__

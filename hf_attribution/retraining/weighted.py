@@ -1,0 +1,119 @@
+"""Training with a weight for every example: removed examples stay in their batches and count nothing.
+
+The weights reach the loss by the row number that each example carries through the data collator. Rows are numbered
+and collated in the trainer that is built for the run; the user's dataset, collator and trainer are left alone.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+from hf_attribution.data import Collator
+from hf_attribution.tasks import IGNORE_INDEX, Batch, CausalLM, Task, TokenPrediction
+
+_ROW = "hf_attribution_row"
+
+
+class _NumberedRows(Dataset[dict[str, Any]]):
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataset[index], _ROW: index}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        many = getattr(self.dataset, "__getitems__", None)
+        rows = many(indices) if many is not None else [self.dataset[index] for index in indices]
+        return [{**row, _ROW: index} for row, index in zip(rows, indices, strict=True)]
+
+
+class _NumberedCollator:
+    """The user's collator, which never sees the row numbers: it might drop them, or stumble over them."""
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        numbers = torch.tensor([row[_ROW] for row in rows])
+        inputs = self.collator([{key: value for key, value in row.items() if key != _ROW} for row in rows])
+        return {**inputs, _ROW: numbers}
+
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object  # to be combined with the user's class, see `weighted`
+
+
+class _WeightedTraining(_Base):
+    """Trains on the weighted sum of losses over n, all items of the accumulated batch, those of weight 0 included."""
+
+    loss_is_scaled_for_ga = True
+    weights: Tensor
+    task: Task
+
+    def number_rows(self) -> None:
+        """Let the rows of the training data carry their numbers."""
+        dataset = self.train_dataset
+        if hasattr(dataset, "column_names"):
+            # Here, because the Trainer knows columns of `datasets.Dataset` only.
+            dataset = self._remove_unused_columns(dataset, description="training")
+        self.train_dataset = _NumberedRows(dataset)
+        self.data_collator = _NumberedCollator(self.data_collator)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns or []
+        self._signature_columns = columns if _ROW in columns else [*columns, _ROW]
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of one optimiser step, and how many items they hold."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return samples, sum(num_items(self.task, sample) for sample in samples)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The weighted loss of a training batch; any other batch goes the user's way."""
+        if _ROW not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        weights = self.weights[inputs.pop(_ROW).cpu()]
+        losses = self.task.losses(model, inputs)
+        return (weights.to(losses) * losses).sum() / cast(Tensor, num_items_in_batch)
+
+
+def weighted_class(trainer_class: type[Trainer]) -> type[Trainer]:
+    """A subclass of a trainer's class that trains with weights."""
+    return type(f"Weighted{trainer_class.__name__}", (_WeightedTraining, trainer_class), {})
+
+
+def give_weights(trainer: Any, weights: Tensor, task: Task) -> None:
+    """Make a trainer of a `weighted_class` ready to train.
+
+    Args:
+        trainer: The trainer, which is not the user's.
+        weights: One per training example, `[N]`.
+        task: Defines the loss.
+    """
+    trainer.weights, trainer.task = weights, task
+    trainer.number_rows()
+
+
+def num_items(task: Task, inputs: Batch) -> Tensor | int:
+    """What the Trainer divides a batch's summed loss by: its target tokens, or its examples."""
+    if isinstance(task, TokenPrediction):
+        labels = inputs["labels"]
+        return ((labels[:, 1:] if isinstance(task, CausalLM) else labels) != IGNORE_INDEX).sum()
+    return len(inputs[_ROW])
