@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from hf_attribution.attribution import attribute, trainer_checkpoints
 from hf_attribution.counterfactuals import Counterfactuals, Subsets
+from hf_attribution.data import Split
 from hf_attribution.errors import UnsupportedError
 from hf_attribution.methods import Method, get_method
 from hf_attribution.problem import Checkpoint
@@ -163,8 +164,8 @@ class AttributionMixin(_Base):
             (50, 100)
         """
         if subsets is None:
-            train_dataset = _one_dataset(self.train_dataset, "train")
-            subsets = Subsets.random(len(train_dataset), num_subsets, fraction, seed)
+            train = Split(_one_dataset(self.train_dataset, "train"), self.data_collator)
+            subsets = Subsets.random(len(train), num_subsets, fraction, seed)
         request = Request(
             query_dataset=_one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query"),
             subsets=subsets,

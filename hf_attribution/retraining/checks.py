@@ -39,8 +39,8 @@ def check_trainer(trainer: Trainer) -> None:
         )
     if args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
         raise UnsupportedError(
-            f"lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value!r} follows evaluations, which retrainings leave out: "
-            "choose another schedule."
+            f"lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value!r} follows evaluations, which "
+            "retrainings leave out: choose another schedule."
         )
     if args.auto_find_batch_size:
         raise UnsupportedError("auto_find_batch_size may train subsets differently: set per_device_train_batch_size.")

@@ -1,6 +1,7 @@
 """What a call of `retrain` will do: made, checked and tried out before the first training."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -132,7 +133,7 @@ def make_plan(trainer: Trainer, recipe: Recipe, request: Request) -> Plan:
         "model": weights_fingerprint(initial),
         "train": train.fingerprint,
         "query": query.fingerprint,
-        "task": fingerprint(request.task.description),
+        "task": fingerprint(json.dumps(request.task.description, sort_keys=True)),
     }
     manifest = _manifest(trainer, recipe, request, initial, fingerprints) | {"collated": _collated(train)}
     if request.protocol == "fixed":

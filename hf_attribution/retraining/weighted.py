@@ -70,13 +70,18 @@ class _WeightedTraining(_Base):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns: list[str] = self._signature_columns or []
-        self._signature_columns = columns if _ROW in columns else [*columns, _ROW]
+        columns: Any = self._signature_columns
+        if _ROW not in columns:
+            columns.append(_ROW)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one optimiser step, and how many items they hold."""
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return samples, sum(num_items(self.task, sample) for sample in samples)
+        samples, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # The Trainer's own count of tokens where the model divides by it, right or (GPT-2's last one) wrong: what is
+        # repeated here is the user's training.
+        if counted is None or not isinstance(self.task, TokenPrediction):
+            counted = sum(num_items(self.task, sample) for sample in samples)
+        return samples, counted
 
     def compute_loss(
         self,
@@ -112,7 +117,7 @@ def give_weights(trainer: Any, weights: Tensor, task: Task) -> None:
 
 
 def num_items(task: Task, inputs: Batch) -> Tensor | int:
-    """What the Trainer divides a batch's summed loss by: its target tokens, or its examples."""
+    """What the mean loss of a batch is a mean over: its target tokens, or its examples."""
     if isinstance(task, TokenPrediction):
         labels = inputs["labels"]
         return ((labels[:, 1:] if isinstance(task, CausalLM) else labels) != IGNORE_INDEX).sum()
