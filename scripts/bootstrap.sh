@@ -73,16 +73,17 @@ has_recent_torch() {
 
 # torch comes first and alone: asked for together with the rest, pip may choose a CUDA build of several GB.
 install_torch() {
+    local pins=$1
     if has_recent_torch; then return; fi
     if [[ $(uname) == Darwin ]] || nvidia-smi >/dev/null 2>&1; then
         say "installing torch $torch_version"
-        pip_install "torch==$torch_version" -c "$constraints" ||
+        pip_install "torch==$torch_version" -c "$pins" ||
             fail "torch $torch_version could not be installed: is there a network?"
         return
     fi
     say "installing torch $torch_version for the CPU"
-    pip_install "torch==$torch_version+cpu" -c "$constraints" 2>/dev/null ||
-        pip_install "torch==$torch_version+cpu" -c "$constraints" \
+    pip_install "torch==$torch_version+cpu" -c "$pins" 2>/dev/null ||
+        pip_install "torch==$torch_version+cpu" -c "$pins" \
             --extra-index-url "$torch_cpu_index" --retries 1 --timeout 20 ||
         fail "no CPU build of torch $torch_version for $("$python" --version) could be installed: is there a network?" \
             "Any torch >= $torch_version already in the environment is used ($python -m pip install torch)."
@@ -92,11 +93,11 @@ install_everything() {
     local stamp=$1 pins
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null ||
         fail "$environment has no pip: install pip in it."
-    install_torch
-    say "installing the package and what the demo and the tests need (a minute or two)"
-    # The torch that is there stays: its pin names that very build.
     pins=$(mktemp)
-    sed "s/^torch==.*/torch==$(installed_torch)/" "$constraints" >"$pins"
+    grep -v '^torch==' "$constraints" >"$pins"
+    install_torch "$pins"
+    echo "torch==$(installed_torch)" >>"$pins" # that very build stays, whatever the rest would like
+    say "installing the package and what the demo and the tests need (a minute or two)"
     # As variables these reach the build of this package too: the second is what newer versions of pip read there.
     PIP_CONSTRAINT=$pins PIP_BUILD_CONSTRAINT=$pins pip_install -e ".[demo,test,dev]" ||
         fail "the installation failed, see above: is there a network?"
