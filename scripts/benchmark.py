@@ -1,0 +1,227 @@
+"""What the library costs, as ratios measured side by side in one run. One thread; medians over alternating repeats.
+
+    python scripts/benchmark.py                                  # everything
+    python scripts/benchmark.py --sections features trak         # some of it
+
+Sections:
+  features   projected gradients of the demo's three models against one plain forward and backward pass over the rows
+  memory     peak memory of the same for N and 4 N rows
+  trak       TRAK (one model) against one training of a small CNN, beside `traker` and `dattri` where they install
+  store      the second `attribute` on an existing store: seconds, and rows read
+  scoring    queries x examples x dimensions of stored features, in bounded memory
+"""
+
+import dataclasses
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import HfArgumentParser
+
+from hf_attribution.data import Split, used_columns
+from hf_attribution.demo.acts import ACTS
+from hf_attribution.gradients.features import FeatureStore, compute_features
+from hf_attribution.gradients.per_example import PerExampleGradients
+from hf_attribution.gradients.projections import Projection
+from hf_attribution.methods.trak import ridge_scores
+from hf_attribution.tasks import infer_task
+
+SECTIONS = ("features", "memory", "trak", "store", "scoring")
+
+
+@dataclasses.dataclass
+class Arguments:
+    """Options of the benchmark."""
+
+    sections: list[str] = dataclasses.field(
+        default_factory=lambda: list(SECTIONS), metadata={"help": ", ".join(SECTIONS)}
+    )
+    dim: int = dataclasses.field(default=2048, metadata={"help": "Dimension of the projection."})
+    repeats: int = dataclasses.field(default=3, metadata={"help": "Repeats of every timing, alternating."})
+    scoring_examples: int = dataclasses.field(default=1_000_000, metadata={"help": "Stored examples to score."})
+    scoring_queries: int = dataclasses.field(default=1_000, metadata={"help": "Queries to score them for."})
+    memory_of: str | None = dataclasses.field(
+        default=None, metadata={"help": "Internal: measure one act in a process."}
+    )
+    memory_copies: int = dataclasses.field(default=1, metadata={"help": "Internal: how often its rows are repeated."})
+
+
+def main() -> None:
+    """Run the sections that are asked for."""
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    torch.set_num_threads(1)
+    if arguments.memory_of is not None:
+        print(json.dumps(measure_memory(arguments)))
+        return
+    console = Console()
+    for section in arguments.sections:
+        console.rule(section)
+        {
+            "features": benchmark_features,
+            "memory": benchmark_memory,
+            "trak": benchmark_trak,
+            "store": benchmark_store,
+            "scoring": benchmark_scoring,
+        }[section](arguments, console)
+
+
+def alternate(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of two functions, called in turn, after one call of each that does not count."""
+    first(), second()
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for function, found in zip((first, second), seconds, strict=True):
+            gc.collect()
+            started = time.process_time()
+            function()
+            found.append(time.process_time() - started)
+    return seconds
+
+
+def prepare(act: str, copies: int = 1) -> tuple[Any, Any, Split]:
+    """The model of an act in eval mode, its task, and its training rows."""
+    material = ACTS[act].prepare()
+    model = material.model_init().eval()
+    rows = used_columns(material.train, model)
+    rows = rows.select([row for _ in range(copies) for row in range(len(rows))])
+    return model, infer_task(model), Split(rows, material.data_collator, batch_size=32)
+
+
+def features(model: Any, task: Any, split: Split, dim: int) -> None:
+    """Projected gradients of all rows, written to a temporary store."""
+    with tempfile.TemporaryDirectory() as folder:
+        gradients = PerExampleGradients(model, task.gains, split.probe())
+        compute_features(
+            Path(folder) / "s", split, gradients, Projection(dim), {}, torch.device("cpu"), progress=False
+        )
+
+
+def plain_epoch(model: Any, task: Any, split: Split) -> None:
+    """One forward and backward pass over all rows, as training does."""
+    for batch in split.batches():
+        task.losses(model, batch.inputs).mean().backward()
+        model.zero_grad()
+
+
+def benchmark_features(arguments: Arguments, console: Console) -> None:
+    """Projected gradients against a plain epoch, for the demo's models."""
+    table = Table("model", "parameters", "rows", "plain epoch, s", "features, s", "ratio")
+    for act in ACTS:
+        model, task, split = prepare(act)
+        plain, ours = alternate(
+            lambda: plain_epoch(model, task, split),  # noqa: B023 (called before the next act)
+            lambda: features(model, task, split, arguments.dim),  # noqa: B023
+            arguments.repeats,
+        )
+        ratios = [b / a for a, b in zip(plain, ours, strict=True)]
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        table.add_row(
+            type(model).__name__, f"{trainable:,}", str(len(split)), f"{statistics.median(plain):.2f}",
+            f"{statistics.median(ours):.2f}", f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
+        )  # fmt: skip
+    console.print(table)
+
+
+def measure_memory(arguments: Arguments) -> float:
+    """Peak memory, in MiB, that features take beyond what is there after a first batch."""
+    model, task, split = prepare(arguments.memory_of or "", arguments.memory_copies)
+    features(model, task, Split(split.dataset.select(range(64)), split.collator, split.batch_size), arguments.dim)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    features(model, task, split, arguments.dim)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def benchmark_memory(arguments: Arguments, console: Console) -> None:
+    """Growth of the peak memory from 64 rows to N and to 4 N, each in a process of its own."""
+    table = Table("model", "N rows, MiB more than 64 rows", "4 N rows, MiB more", "features of 4 N rows, MiB")
+    for act in ACTS:
+        grown = []
+        for copies in (1, 4):
+            command = [sys.executable, __file__, "--memory_of", act, "--memory_copies", str(copies)]
+            output = subprocess.run(
+                [*command, "--dim", str(arguments.dim)], check=True, capture_output=True, text=True
+            )
+            grown.append(float(output.stdout.splitlines()[-1]))
+        stored = 4 * len(ACTS[act].prepare().train) * arguments.dim * 4 / 2**20
+        table.add_row(act, f"{grown[0]:.0f}", f"{grown[1]:.0f}", f"{stored:.0f}")
+    console.print(table)
+
+
+def benchmark_trak(arguments: Arguments, console: Console) -> None:
+    """TRAK against one training of a 28k-parameter CNN; other libraries on the same model where they are installed."""
+    import reference_trak
+
+    table = Table("library", "seconds", "trainings", "LDS", title="TRAK, one model, 1,000 x 200 digits")
+    for row in reference_trak.compare(arguments.dim, arguments.repeats):
+        table.add_row(*row)
+    console.print(table)
+
+
+def benchmark_store(arguments: Arguments, console: Console) -> None:
+    """A second `attribute` on an existing store reads no training row but those it tries the task on."""
+    from hf_attribution import Trak, attribute
+
+    act = ACTS["digits"]
+    material = act.prepare()
+    model, rows = material.model_init(), []
+
+    def collate(batch: list[Any]) -> Any:
+        rows.append(len(batch))
+        return material.data_collator(batch)
+
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in ("first", "second"):
+            rows.clear()
+            started = time.perf_counter()
+            attribute(
+                model, material.train, material.queries(200), method=Trak(dim=arguments.dim), data_collator=collate,
+                cache_dir=folder, progress=False,
+            )  # fmt: skip
+            console.print(f"{turn} call: {time.perf_counter() - started:.2f} s, {sum(rows)} rows collated")
+
+
+def benchmark_scoring(arguments: Arguments, console: Console) -> None:
+    """TRAK's solve and scores from stored features of many examples, written to disk, in bounded memory."""
+    examples, queries, dim = arguments.scoring_examples, arguments.scoring_queries, arguments.dim
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        stores = []
+        for name, rows in (("train", examples), ("query", queries)):
+            path = Path(folder) / name
+            path.mkdir()
+            manifest = {"schema_version": 1, "num_rows": rows, "dim": dim, "settings": {}}
+            (path / "manifest.json").write_text(json.dumps(manifest))
+            array = np.lib.format.open_memmap(path / "features.npy", mode="w+", dtype=np.float32, shape=(rows, dim))
+            rng = np.random.default_rng(0)
+            for start in range(0, rows, 10_000):
+                stop = min(start + 10_000, rows)
+                array[start:stop] = rng.standard_normal((stop - start, dim), dtype=np.float32)
+            array.flush()
+            del array
+            np.save(path / "values.npy", np.zeros(rows, dtype=np.float32))
+            stores.append(FeatureStore(path))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        started = time.perf_counter()
+        scores = ridge_scores(stores[1], stores[0], damping=1.0)
+        seconds = time.perf_counter() - started
+        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    console.print(
+        f"{queries:,} queries x {examples:,} examples x {dim:,} dimensions: {seconds:.0f} s, peak memory "
+        f"{peak:.1f} GiB more, of which the scores are {scores.nbytes / 2**30:.1f} GiB; features on disk: "
+        f"{examples * dim * 4 / 2**30:.1f} GiB."
+    )
+
+
+if __name__ == "__main__":
+    main()
