@@ -230,9 +230,13 @@ def test_a_collator_with_a_generator_of_its_own_is_refused(length):
 
 def test_seeded_restores_after_an_error():
     before = random_state()
-    with pytest.raises(KeyError), seeded(3):
-        torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
-        raise KeyError
+
+    def fail():
+        with seeded(3):
+            raise KeyError((torch.rand(1), np.random.rand(), random.random()))  # noqa: NPY002
+
+    with pytest.raises(KeyError):
+        fail()
     assert random_state() == before
 
 
