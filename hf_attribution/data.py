@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_attribution.errors import MismatchError, UnsupportedError
 from hf_attribution.inputs import forward_arguments
-from hf_attribution.seeds import derive_seed, seeded
+from hf_attribution.seeds import derive_seed, random_state, seeded
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 
@@ -124,14 +124,19 @@ class Split:
     @functools.cached_property
     def draws_random_numbers(self) -> bool:
         """Whether rows or collator depend on a random number generator."""
-        first = self._drawn(0, seed=0)
-        if not _equal(first, self._drawn(0, seed=0)):
+        ends = (0, len(self) - 1)
+        first = [self._drawn(index, seed=0) for index in ends]
+        # A few looks, since drawing rarely (or masking few tokens) may by chance come out the same.
+        if not all(_equal(first, [self._drawn(index, seed=0) for index in ends]) for _ in range(7)):
             raise UnsupportedError(
                 f"The {self.name} data differ at every look, even from the same random seeds: the data collator keeps "
                 "a generator of its own. Leave its `seed` unset, or apply it once with `dataset.map`."
             )
-        # A few draws, since masking few tokens may by chance mask the same ones twice.
-        return any(not _equal(first, self._drawn(0, seed=seed)) for seed in range(1, 8))
+        with seeded(0):
+            before = random_state()
+            for index in ends:
+                self.collator(self.rows([index]))
+            return random_state() != before
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -168,14 +173,14 @@ def used_columns(dataset: Any, model: nn.Module) -> Any:
         The dataset without its unused columns.
 
     Raises:
-        ValueError: If no column is left.
+        ValueError: If no column but labels is left.
     """
     columns = getattr(dataset, "column_names", None)
     if not columns or not hasattr(dataset, "remove_columns") or dataset.format["type"] == "custom":
         return dataset
     known = {*forward_arguments(model), *_LABEL_COLUMNS}
     unused = [name for name in columns if name not in known]
-    if len(unused) == len(columns):
+    if all(name in (*unused, *_LABEL_COLUMNS) for name in columns):
         raise ValueError(
             f"None of the columns {', '.join(columns)} is an argument of {type(model).__name__}.forward "
             f"({', '.join(forward_arguments(model))}): preprocess the dataset first (tokenize it, say)."
@@ -208,14 +213,34 @@ def _is_arrow(dataset: Any) -> bool:
 
 
 def _hash_arrow(dataset: Any, digest: Any) -> None:
-    """Hash columns and rows in arrow's stream format, where slices and chunks of the table leave no trace."""
+    """Hash columns, types and values: how the table is chunked, sliced and indexed leaves no trace."""
     digest.update(repr(sorted(dataset.features.items())).encode())
     for table in dataset.with_format("arrow").iter(batch_size=1000):
-        table = table.select(sorted(table.column_names)).replace_schema_metadata(None).combine_chunks()
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        digest.update(memoryview(sink.getvalue()))
+        for name in sorted(table.column_names):
+            _hash_array(table[name].combine_chunks(), digest)
+
+
+def _hash_array(array: pa.Array, digest: Any) -> None:
+    """Hash the values alone: arrow says nothing of what its buffers hold under nulls and outside of a slice."""
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    digest.update(array.is_valid().to_numpy(zero_copy_only=False))
+    kind = array.type
+    if pa.types.is_struct(kind):
+        for field in array.flatten():
+            _hash_array(field, digest)
+        return
+    array = array.drop_null()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        digest.update(pc.list_value_length(array).to_numpy())
+        _hash_array(array.flatten(), digest)
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        digest.update(array.to_numpy(zero_copy_only=False))
+    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        digest.update(pc.binary_length(array).to_numpy())
+        digest.update(b"".join(array.to_pylist()))
+    else:
+        digest.update(repr(array.to_pylist()).encode())
 
 
 def _lengths(dataset: Any) -> np.ndarray | None:
@@ -244,7 +269,7 @@ def _equal(left: Any, right: Any) -> bool:
 def _plain(value: Any) -> Any:
     """Nested rows with arrays as their bytes: tensors pickle their storage, which says more than their values."""
     if isinstance(value, Tensor):
-        value = value.numpy()
+        return (str(value.dtype), tuple(value.shape), value.reshape(-1).view(torch.uint8).numpy().tobytes())
     if isinstance(value, np.ndarray):
         return (str(value.dtype), value.shape, value.tobytes())
     if isinstance(value, Mapping):

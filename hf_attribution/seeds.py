@@ -1,6 +1,7 @@
 """Seeds that depend on what they are for, and random state that is put back."""
 
 import contextlib
+import pickle
 import random
 from collections.abc import Iterator
 
@@ -23,6 +24,12 @@ def derive_seed(*parts: int | str) -> int:
         True
     """
     return xxhash.xxh3_64_intdigest("\x1f".join(map(str, parts)).encode()) & 0x7FFFFFFF
+
+
+def random_state() -> bytes:
+    """The states of Python's, NumPy's and torch's generators, to tell whether anything was drawn from them."""
+    legacy_numpy = np.random.get_state()  # noqa: NPY002
+    return pickle.dumps((random.getstate(), legacy_numpy, torch.get_rng_state().numpy().tobytes()))
 
 
 @contextlib.contextmanager

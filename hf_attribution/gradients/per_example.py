@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from hf_attribution.data import Batch
 from hf_attribution.errors import NonFiniteError, UnsupportedError
-from hf_attribution.gradients.rules import Call, Rule, by_example, output_tensors, rule_for
+from hf_attribution.gradients.rules import Call, Rule, by_example, output_tensors, rule_for, shared_arguments
 from hf_attribution.gradients.terms import Dense, Term, dense
 
 logger = logging.get_logger(__name__)
@@ -55,8 +55,10 @@ class PerExampleGradients:
         modules: Patterns (`fnmatch`) of module or parameter names to keep; all trainable parameters by default.
 
     Raises:
-        UnsupportedError: If batch normalisation is in training mode, or nothing is trainable.
-        ValueError: If a pattern matches nothing.
+        UnsupportedError: If batch normalisation is in training mode, nothing is trainable, or a value depends on the
+            other examples of a batch or on chance.
+        NonFiniteError: If a value or gradient of the probe is NaN or infinite.
+        ValueError: If a pattern matches nothing, or the function does not return one number per example.
 
     Example:
         >>> gradients = PerExampleGradients(model, task.losses, split.probe())  # doctest: +SKIP
@@ -74,6 +76,8 @@ class PerExampleGradients:
         owned = {module: self._own(module) for module in model.modules()}
         self._own_names = {module: names for module, names in owned.items() if names}
         self._rules: dict[nn.Module, Rule] = {module: rule_for(module) for module in self._own_names}
+        self._shared: dict[nn.Module, set[int]] = {}
+        self._reached: set[str] = set()
         self._one_by_one: list[str] = []
         self._check_rules(probe)
 
@@ -89,7 +93,12 @@ class PerExampleGradients:
         Raises:
             NonFiniteError: If a value is NaN or infinite; the message names the row.
         """
-        return self._compute(batch)
+        unchecked: set[str] = set()
+        gradients = self._compute(batch, failed=unchecked)
+        # What the probe never reached was never checked.
+        unchecked |= gradients.terms.keys() - self._reached
+        self._differentiate_one_by_one(unchecked)
+        return dataclasses.replace(gradients, terms={**gradients.terms, **self._loop(batch)})
 
     @property
     def device(self) -> torch.device:
@@ -101,22 +110,31 @@ class PerExampleGradients:
         """How many numbers one gradient has."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
-    def _compute(self, batch: Batch, failed: set[str] | None = None) -> Gradients:
+    def _compute(self, batch: Batch, failed: set[str]) -> Gradients:
         with self._recording(batch) as calls:
-            values = self.function(self.model, batch.inputs)
-        refuse_non_finite(values, batch.indices, "The differentiated value")
+            values = self._values(batch)
         terms: dict[str, list[Term]] = {}
         for call in _with_gradients(calls, values):
             try:
                 with torch.no_grad():
                     self._apply(call, terms)
-            except (RuntimeError, IndexError, ValueError) as error:
-                if failed is None:
-                    raise
-                # While rules are tried, one that cannot be applied is one that does not agree.
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                # A rule that cannot be applied is one that does not agree: tokens routed to an expert, say.
                 failed.update(self._canonical(call.module))
                 logger.info(f"{type(call.module).__name__}: {error}")
-        return Gradients(batch.indices, values.detach(), {**terms, **self._loop(batch, len(values))})
+        return Gradients(batch.indices, values.detach(), terms)
+
+    def _values(self, batch: Batch) -> Tensor:
+        values = self.function(self.model, batch.inputs)
+        if values.shape != batch.indices.shape:
+            raise ValueError(
+                f"The differentiated function returned shape {tuple(values.shape)} for {len(batch.indices)} examples: "
+                f"it must return one number per example, shape [{len(batch.indices)}]."
+            )
+        refuse_non_finite(values, batch.indices, "The differentiated value")
+        return values
 
     def _own(self, module: nn.Module) -> list[str]:
         """Names, within the module, of its own chosen parameters; one shared with a submodule is the submodule's."""
@@ -137,8 +155,9 @@ class PerExampleGradients:
             ]
             if any(edges):
                 args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-                own = self._own_names[module]
-                calls.append((Call(len(batch.indices), max(lengths, default=1), module, args, kwargs, (), own), edges))
+                size, length, own = len(batch.indices), max(lengths, default=1), self._own_names[module]
+                shared = self._shared.get(module, set())
+                calls.append((Call(size, length, module, args, kwargs, (), own, shared), edges))
 
         with contextlib.ExitStack() as stack:
             for module in self._rules:
@@ -154,19 +173,25 @@ class PerExampleGradients:
             if name in canonical and canonical[name] not in self._one_by_one:
                 terms.setdefault(canonical[name], []).append(term)
 
-    def _loop(self, batch: Batch, size: int) -> dict[str, list[Term]]:
+    def _differentiate_one_by_one(self, names: set[str]) -> None:
+        names = names.difference(self._one_by_one)
+        if not names:
+            return
+        self._one_by_one = sorted({*self._one_by_one, *names})
+        logger.warning(
+            f"No per-example rule covers {', '.join(sorted(names))}: these are differentiated one example at a "
+            "time, which is slow. Leave them out with modules=[...] if they do not matter."
+        )
+
+    def _loop(self, batch: Batch) -> dict[str, list[Term]]:
         """Gradients of the parameters that no rule covers, by a pass of its own for every example."""
         if not self._one_by_one:
             return {}
         parameters = [self.parameters[name] for name in self._one_by_one]
         examples = []
-        for row in range(size):
-            inputs = {
-                key: value[row : row + 1] if isinstance(value, Tensor) and len(value) == size else value
-                for key, value in batch.inputs.items()
-            }
+        for row in range(len(batch.indices)):
             with torch.enable_grad():
-                value = self.function(self.model, inputs).sum()
+                value = self._values(_row(batch, row)).sum()
             examples.append(torch.autograd.grad(value, parameters, materialize_grads=True))
         stacked = [torch.stack(column) for column in zip(*examples, strict=True)]
         return {name: [Dense(value)] for name, value in zip(self._one_by_one, stacked, strict=True)}
@@ -174,34 +199,60 @@ class PerExampleGradients:
     def _check_rules(self, probe: Batch) -> None:
         """Find the parameters whose rule does not give what plain backward gives, and fall back for them."""
         weights = torch.tensor([1.0, -0.6])
-        with torch.enable_grad():
-            total = (self.function(self.model, probe.inputs) * weights.to(self.device)).sum()
+        with self._recording(probe) as calls:
+            values = self._values(probe)
+            total = (values * weights.to(self.device)).sum()
             found = torch.autograd.grad(total, list(self.parameters.values()), materialize_grads=True)
+        for call, _ in calls:
+            self._shared.setdefault(call.module, set()).update(shared_arguments(call))
         expected = dict(zip(self.parameters, found, strict=True))
+        for name, gradient in expected.items():
+            if not gradient.isfinite().all():
+                rows = " or ".join(map(str, probe.indices.tolist()))
+                raise NonFiniteError(f"The gradient of {name} is NaN or infinite for row {rows}: look at those rows.")
         wrong = self._disagreeing(probe, expected, weights)
+        if not wrong:
+            return
         for module in self._rules:
             if not wrong.isdisjoint(self._canonical(module)):
                 self._rules[module] = by_example
-        self._one_by_one = sorted(self._disagreeing(probe, expected, weights)) if wrong else []
+        self._differentiate_one_by_one(self._disagreeing(probe, expected, weights))
         if self._one_by_one:
-            logger.warning(
-                f"No per-example rule covers {', '.join(self._one_by_one)}: these are differentiated one example at a "
-                "time, which is slow. Leave them out with modules=[...] if they do not matter."
+            self._refuse_mixed_examples(probe, values.detach())
+
+    def _refuse_mixed_examples(self, probe: Batch, together: Tensor) -> None:
+        """Refuse examples whose values depend on which others are in the batch, or on chance."""
+        with torch.no_grad():
+            alone = torch.cat([self._values(_row(probe, row)) for row in range(len(together))])
+        if (alone - together).abs().max() > (5e-2 if self._in_half_precision else 1e-3) * together.abs().max():
+            raise UnsupportedError(
+                f"The value of row {int(probe.indices[0])} is {float(together[0]):.6g} in a batch of two and "
+                f"{float(alone[0]):.6g} alone: the model draws random numbers (dropout: call model.eval()), or its "
+                "examples influence each other, so that none has a gradient of its own."
             )
+
+    @property
+    def _in_half_precision(self) -> bool:
+        return any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
 
     def _disagreeing(self, probe: Batch, expected: dict[str, Tensor], weights: Tensor) -> set[str]:
         wrong: set[str] = set()
         terms = self._compute(probe, failed=wrong).terms
-        scale = max(float(gradient.norm()) for gradient in expected.values())
+        self._reached |= terms.keys()
+        tolerance, rounding = (5e-2, 5e-4) if self._in_half_precision else (1e-3, 1e-6)
+        # Some gradients are zero but for rounding (a key's bias): judge those against the largest.
+        rounding *= max(float(gradient.norm()) for gradient in expected.values())
         for name, gradient in expected.items():
-            tolerance = 5e-2 if gradient.dtype in (torch.float16, torch.bfloat16) else 1e-3
-            ours = dense(terms[name]) if name in terms else gradient.new_zeros(len(weights), gradient.numel())
+            if name not in terms:
+                if gradient.any():  # used outside of its module, where no hook sees it
+                    wrong.add(name)
+                continue
+            ours = dense(terms[name])
             if ours.shape != (len(weights), gradient.numel()):
                 wrong.add(name)
                 continue
             error = (weights.to(ours) @ ours - gradient.flatten().to(ours)).norm()
-            # Some gradients are zero but for rounding (a key's bias): judge those against the largest.
-            if not error <= tolerance * (gradient.norm() + 1e-2 * scale):
+            if not error <= tolerance * gradient.norm() + rounding:
                 wrong.add(name)
         return wrong
 
@@ -209,10 +260,19 @@ class PerExampleGradients:
         return [self._names[id(module.get_parameter(name))] for name in self._own_names[module]]
 
 
+def _row(batch: Batch, row: int) -> Batch:
+    """One example of a batch."""
+    inputs = {
+        key: value[row : row + 1] if isinstance(value, Tensor) and value.shape[:1] == batch.indices.shape else value
+        for key, value in batch.inputs.items()
+    }
+    return Batch(batch.indices[row : row + 1], inputs)
+
+
 def _with_gradients(calls: list[tuple[Call, list[Any]]], values: Tensor) -> Iterator[Call]:
     """The calls whose outputs the values depend on, with the gradients of those outputs."""
     edges = [edge for _, call_edges in calls for edge in call_edges if edge is not None]
-    found = iter(torch.autograd.grad(values.sum(), edges, allow_unused=True) if edges else ())
+    found = iter(torch.autograd.grad(values, edges, torch.ones_like(values), allow_unused=True) if edges else ())
     for call, call_edges in calls:
         gradients = [None if edge is None else next(found) for edge in call_edges]
         if any(gradient is not None for gradient in gradients):
@@ -246,13 +306,16 @@ def chosen_parameters(model: nn.Module, modules: Sequence[str] | None) -> dict[s
         return trainable
     if isinstance(modules, str):
         modules = [modules]
-    matched = {pattern: [name for name in trainable if _matches(name, pattern)] for pattern in modules}
-    for pattern, names in matched.items():
-        if not names:
+    canonical = {id(parameter): name for name, parameter in trainable.items()}
+    # A tied weight answers to each of its names.
+    names = {name: canonical.get(id(p)) for name, p in model.named_parameters(remove_duplicate=False)}
+    matched = {pattern: {names[name] for name in names if _matches(name, pattern)} - {None} for pattern in modules}
+    for pattern, found in matched.items():
+        if not found:
             owners = sorted({name.rpartition(".")[0] for name in trainable})
             close = difflib.get_close_matches(pattern, owners, n=3, cutoff=0.3) or owners[-3:]
             raise ValueError(f"modules={pattern!r} matches no trainable parameter. Close names: {', '.join(close)}.")
-    kept = {name for names in matched.values() for name in names}
+    kept = set().union(*matched.values())
     return {name: parameter for name, parameter in trainable.items() if name in kept}
 
 

@@ -1,13 +1,13 @@
 """How each kind of module turns its input and its output's gradient into per-example gradients of its parameters.
 
-A rule is a function `(call) -> {parameter name: term}`. It applies to modules whose `forward` is exactly the one it
-was written for, so a subclass that computes something else never gets it. Modules without a rule are differentiated
-on their own, example by example, with `torch.func`. Every rule is checked on the user's model before it is used
-(see `hf_attribution.gradients.per_example`).
+A rule is a function `(call) -> {parameter name: term}`, called without autograd. It applies to modules whose
+`forward` is exactly the one it was written for, so a subclass that computes something else never gets it. Modules
+without a rule are differentiated on their own, example by example, with `torch.func`. Every rule is checked on the
+user's model before it is used (see `hf_attribution.gradients.per_example`).
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class Call:
         kwargs: Its keyword arguments.
         output_gradients: The gradient of each output tensor, `None` where none came back.
         parameters: Names of the module's own parameters that are asked for.
+        shared: Which of the tensors among its arguments have no row per example, as a batch of two has shown. In a
+            batch of as many examples as positions their lengths do not tell.
     """
 
     batch: int
@@ -42,6 +44,7 @@ class Call:
     kwargs: Mapping[str, Any]
     output_gradients: Sequence[Tensor | None]
     parameters: Sequence[str]
+    shared: Set[int] = frozenset()
 
     @property
     def input(self) -> Tensor:
@@ -120,9 +123,8 @@ def scaled_embedding(call: Call) -> dict[str, Term]:
     """Subclasses of `nn.Embedding` that multiply what they look up by a constant."""
     term = embedding(call)["weight"]
     assert isinstance(term, Lookup)
-    with torch.no_grad():
-        looked_up = F.embedding(call.input, call.module.weight)  # type: ignore[arg-type]
-        scaled = call.module(*call.args, **call.kwargs)
+    looked_up = F.embedding(call.input, call.module.weight)  # type: ignore[arg-type]
+    scaled = call.module(*call.args, **call.kwargs)
     scale = (_full(scaled) * _full(looked_up)).sum() / _full(looked_up).square().sum()
     return {"weight": Lookup(term.ids, term.right * scale, term.rows)}
 
@@ -142,9 +144,8 @@ def affine(call: Call) -> dict[str, Term]:
     module, gradient = call.module, _full(call.output_gradient)
     zeros = {name: torch.zeros_like(p) for name, p in module.named_parameters(recurse=False)}
     ones = {**zeros, "weight": torch.ones_like(zeros["weight"])}
-    with torch.no_grad():
-        normalised = _full(functional_call(module, ones, call.args, dict(call.kwargs)))
-        normalised = normalised - _full(functional_call(module, zeros, call.args, dict(call.kwargs)))
+    normalised = _full(functional_call(module, ones, call.args, dict(call.kwargs)))
+    normalised = normalised - _full(functional_call(module, zeros, call.args, dict(call.kwargs)))
     return {
         name: Dense(_per_channel(values, call, zeros["weight"].shape))
         for name, values in (("weight", normalised * gradient), ("bias", gradient))
@@ -166,7 +167,8 @@ def by_example(call: Call) -> dict[str, Term]:
     module, batch = call.module, call.batch
     parameters = {name: module.get_parameter(name).detach() for name in call.parameters}
     leaves, spec = pytree.tree_flatten((call.args, dict(call.kwargs)))
-    in_batch = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == batch for leaf in leaves]
+    shared = call.shared | shared_arguments(call)
+    in_batch = [isinstance(leaf, Tensor) and number not in shared for number, leaf in enumerate(leaves)]
     gradients = [gradient for gradient in call.output_gradients if gradient is not None]
     wanted = [gradient is not None for gradient in call.output_gradients]
     if any(len(gradient) != batch for gradient in gradients):
@@ -183,9 +185,15 @@ def by_example(call: Call) -> dict[str, Term]:
 
         return vjp(outputs, parameters)[1]([cotangent[None] for cotangent in cotangents])[0]
 
-    batched = [leaf.detach() for leaf, is_in in zip(leaves, in_batch, strict=True) if is_in]
+    batched = [leaf for leaf, is_in in zip(leaves, in_batch, strict=True) if is_in]
     values = vmap(example)(batched, gradients)
     return {name: Dense(_full(value)) for name, value in values.items()}
+
+
+def shared_arguments(call: Call) -> set[int]:
+    """Which of a call's arguments (counted with those inside of others) are tensors without a row per example."""
+    leaves = enumerate(pytree.tree_leaves((call.args, dict(call.kwargs))))
+    return {number for number, leaf in leaves if isinstance(leaf, Tensor) and leaf.shape[:1] != (call.batch,)}
 
 
 def rule_for(module: nn.Module) -> Rule:
