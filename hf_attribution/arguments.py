@@ -74,7 +74,8 @@ class AttributeArguments:
         default=None,
         metadata={
             "help": "Folders of weights to average over: independently trained models, say. For tracin, the "
-            "output_dir of the training, whose checkpoint-* count by their learning rates. By default the model's own weights."
+            "output_dir of the training, whose checkpoint-* count by their learning rates. By default the model's own "
+            "weights."
         },
     )
     batch_size: int = option("Rows in a batch. It does not change the scores.", 32)

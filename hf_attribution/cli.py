@@ -11,9 +11,10 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from hf_attribution import __version__
+import hf_attribution
 from hf_attribution.arguments import (
     AttributeArguments,
     DataArguments,
@@ -78,7 +79,7 @@ def attribute_command(argv: Sequence[str]) -> None:
     """Score every training example for every query, and write the scores."""
     options = (ModelArguments, DataArguments, AttributeArguments)
     model_args, data_args, args = _parse("attribute", options, argv)
-    from hf_attribution import attribute
+    from hf_attribution.attribution import attribute
     from hf_attribution.workspace import checkpoints_for, load_workspace
 
     method = _method(args)
@@ -105,7 +106,7 @@ def retrain_command(argv: Sequence[str]) -> None:
 
     options = (ModelArguments, DataArguments, RetrainArguments, TrainingArguments)
     model_args, data_args, args, training_args = _parse("retrain", options, argv)
-    from hf_attribution import AttributionTrainer
+    from hf_attribution.trainer import AttributionTrainer
     from hf_attribution.workspace import load_workspace
 
     workspace = load_workspace(model_args, data_args)
@@ -134,13 +135,15 @@ def retrain_command(argv: Sequence[str]) -> None:
 def evaluate_command(argv: Sequence[str]) -> None:
     """Judge scores by retrained models: the linear datamodeling score, its interval and its ceiling."""
     args, data_args = _parse("evaluate", (EvaluateArguments, DataArguments), argv)
-    from hf_attribution import Counterfactuals, Scores, evaluate_lds
+    from hf_attribution.counterfactuals import Counterfactuals
+    from hf_attribution.evaluation import evaluate_lds
+    from hf_attribution.scores import Scores
 
     truth = Counterfactuals.load(args.counterfactuals)
     scores = {path: Scores.load(path) for path in args.scores}
     train = None
     if data_args.dataset_name is not None:
-        from hf_attribution.workspace import load_train
+        from hf_attribution.splits import load_train
 
         train = load_train(data_args)
     group_column = args.group_column or data_args.label_column_name
@@ -155,7 +158,7 @@ def evaluate_command(argv: Sequence[str]) -> None:
     for report in reports.values():
         _say(str(report))
     if len(reports) > 1:
-        _say(_lds_table(reports))
+        _say(_comparison(scores, reports, truth))
 
 
 def methods_command(argv: Sequence[str]) -> None:
@@ -163,7 +166,7 @@ def methods_command(argv: Sequence[str]) -> None:
     _parse("methods", (), argv)
     from rich.table import Table
 
-    from hf_attribution import METHODS
+    from hf_attribution.methods import METHODS
 
     table = Table("method", "settings", "paper", title="Attribution methods", title_justify="left")
     for name, kind in METHODS.items():
@@ -214,7 +217,7 @@ def _top_parser() -> argparse.ArgumentParser:
         epilog=f"commands:\n{commands}\n\nhf-attribution <command> --help says more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"hf-attribution {__version__}")
+    parser.add_argument("--version", action="version", version=f"hf-attribution {hf_attribution.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -270,27 +273,19 @@ def _say(what: Any) -> None:
     Console(soft_wrap=isinstance(what, str)).print(what, markup=False, highlight=False)
 
 
-def _lds_table(reports: dict[str, Any]) -> Any:
-    """Reports side by side, the best first."""
-    from rich.table import Table
+def _comparison(scores: dict[str, Any], reports: dict[str, Any], truth: Any) -> Any:
+    """Reports side by side, with their cost in trainings on all of the data."""
+    from hf_attribution.report.comparison import Entry, comparison_table
 
-    table = Table(title="Linear datamodeling scores", title_justify="left")
-    for column in ("scores", "method", "LDS [interval]", "partial LDS [interval]", "ceiling"):
-        table.add_column(column, justify="left" if column in ("scores", "method") else "right", overflow="fold")
-    for path, report in sorted(reports.items(), key=lambda item: -_or_least(item[1].lds)):
-        plain = _with_interval(report.lds, report.confidence_interval)
-        partial = _with_interval(report.partial_lds, report.partial_confidence_interval)
-        ceiling = "unknown" if report.ceiling is None else f"{report.ceiling:.3f}"
-        table.add_row(path, report.method, plain, partial, ceiling)
-    return table
-
-
-def _or_least(value: float) -> float:
-    return -math.inf if math.isnan(value) else value
-
-
-def _with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
-    return "" if value is None or interval is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+    num_subsets, num_seeds, _ = truth.outputs.shape
+    training = truth.provenance.get("seconds", math.nan) / (num_subsets * num_seeds) / truth.subsets.fraction
+    methods = [report.method for report in reports.values()]
+    entries = []
+    for path, report in reports.items():
+        label = report.method if methods.count(report.method) == 1 else f"{report.method} ({Path(path).stem})"
+        seconds = scores[path].provenance.get("seconds", math.nan)
+        entries.append(Entry(label, report, seconds, seconds / training))
+    return comparison_table(entries, title="Linear datamodeling scores")
 
 
 def _plain(value: Any) -> Any:

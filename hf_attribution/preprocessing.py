@@ -267,13 +267,19 @@ def _renumber(dataset: Dataset, column: str, names: list[str], split: str) -> Da
     feature = dataset.features[column]
     if isinstance(feature, ClassLabel) and feature.names == names:
         return dataset
-    numbers = {**{name.lower(): i for i, name in enumerate(names)}, **{name: i for i, name in enumerate(names)}}
-    labels = [feature.int2str(label) if isinstance(feature, ClassLabel) else label for label in dataset[column]]
-    ids = [numbers.get(label, numbers.get(label.lower())) for label in labels]
-    if None in ids:
-        unknown = labels[ids.index(None)]
-        raise ValueError(f"The {split} dataset has the label {unknown!r}; the classes are {', '.join(names)}.")
-    return dataset.remove_columns(column).add_column(column, ids, feature=ClassLabel(names=names))
+    by_name = {**{name.lower(): i for i, name in enumerate(names)}, **{name: i for i, name in enumerate(names)}}
+    numbers = {}
+    for label in dataset.unique(column):
+        name = feature.int2str(label) if isinstance(feature, ClassLabel) else label
+        if name not in by_name and name.lower() not in by_name:
+            raise ValueError(f"The {split} dataset has the label {name!r}; the classes are {', '.join(names)}.")
+        numbers[label] = by_name.get(name, by_name.get(name.lower()))
+    features = Features({**dataset.features, column: ClassLabel(names=names)})
+
+    def number(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {column: [numbers[label] for label in batch[column]]}
+
+    return dataset.map(number, batched=True, features=features, desc=f"Numbering {split} labels")
 
 
 def _check_texts(dataset: Dataset, columns: Sequence[str], name: str) -> None:

@@ -1,12 +1,12 @@
 """Model, data and collator from the names of a model and a dataset: where the command line and the scripts start."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -23,12 +23,14 @@ from transformers import (
     default_data_collator,
 )
 from transformers.models.auto import modeling_auto
+from transformers.utils import logging
 
 from hf_attribution import preprocessing
 from hf_attribution.arguments import DataArguments, ModelArguments
 from hf_attribution.attribution import trainer_checkpoints
 from hf_attribution.methods import Method
 from hf_attribution.problem import Checkpoint
+from hf_attribution.splits import load_query, load_train
 from hf_attribution.tasks import Task, infer_task
 
 # Order matters: BART-like classes stand in several tables.
@@ -45,8 +47,6 @@ _TASKS: dict[str, tuple[Any, Mapping[str, Any]]] = {
         modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     ),
 }
-
-_FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,33 +135,20 @@ def load_workspace(model_args: ModelArguments, data_args: DataArguments) -> Work
             return auto.from_config(config, trust_remote_code=model_args.trust_remote_code)
         return auto.from_pretrained(model_args.model_name_or_path, config=config, dtype=model_args.dtype, **source)
 
+    def load_again() -> PreTrainedModel:
+        with _quietly():  # once is enough to say which weights are new
+            return load()
+
     model = load()
     return Workspace(
         model=None if new_head else model,
-        model_init=load if new_head else None,
+        model_init=load_again if new_head else None,
         processing_class=processor,
         train=splits["train"],
         query=splits["query"],
         data_collator=_collator(processor, task),
         task=infer_task(model, model_args.measurement),
     )
-
-
-def load_train(args: DataArguments) -> Dataset:
-    """The training rows as they are, all columns, without preprocessing; errors as `load_workspace`."""
-    splits = _open(args.dataset_name, args.dataset_config_name)
-    default = next(iter(splits)) if len(splits) == 1 else "train"
-    return _first(_split(splits, args.train_split, (default,), "train"), args.max_train_examples)
-
-
-def load_query(args: DataArguments) -> Dataset:
-    """The query rows as they are, all columns, without preprocessing; errors as `load_workspace`."""
-    if args.query_dataset_name is None:
-        splits = _open(args.dataset_name, args.dataset_config_name)
-        return _first(_split(splits, args.query_split, ("test", "validation"), "query"), args.max_query_examples)
-    splits = _open(args.query_dataset_name, None)
-    defaults = tuple(splits) if len(splits) == 1 else ("test", "validation")
-    return _first(_split(splits, args.query_split, defaults, "query"), args.max_query_examples)
 
 
 def checkpoints_for(method: Method, folders: Sequence[str] | None) -> list[Checkpoint] | list[str] | None:
@@ -182,39 +169,6 @@ def checkpoints_for(method: Method, folders: Sequence[str] | None) -> list[Check
     if not folders:
         raise ValueError(f"{method.name} follows a training: give the output_dir of the Trainer as --checkpoints.")
     return [checkpoint for folder in folders for checkpoint in trainer_checkpoints(folder)]
-
-
-def _open(name: str | None, config_name: str | None) -> DatasetDict:
-    if name is None:
-        raise ValueError("There is no dataset: give --dataset_name, a dataset on the Hub, a folder or a file.")
-    path = Path(name)
-    if path.is_file():
-        if path.suffix not in _FILES:
-            raise ValueError(f"{path} is no dataset file: it should end in {', '.join(_FILES)}.")
-        return load_dataset(_FILES[path.suffix], data_files=str(path))
-    if (path / "dataset_dict.json").exists():
-        return load_from_disk(name)
-    if (path / "state.json").exists():
-        return DatasetDict({"train": load_from_disk(name)})
-    if not path.exists() and (path.suffix in _FILES or name.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"There is no file or folder {name}.")
-    return load_dataset(name, config_name)
-
-
-def _split(splits: DatasetDict, asked: str | None, defaults: Sequence[str], name: str) -> Dataset:
-    for split in (asked,) if asked is not None else defaults:
-        if split in splits:
-            return splits[split].with_format(None)
-    wanted = asked if asked is not None else " or ".join(defaults)
-    other = ", or --query_dataset_name" if name == "query" else ""
-    raise ValueError(f"The dataset has no {wanted} split, it has {', '.join(splits)}: choose --{name}_split{other}.")
-
-
-def _first(dataset: Dataset, size: int | None) -> Dataset:
-    """So many rows, drawn: many datasets are sorted by label, and their first rows are of one class."""
-    if size is None or size >= len(dataset):
-        return dataset
-    return dataset.shuffle(seed=0).select(range(size))
 
 
 def _task_of(config: Any) -> str:
@@ -296,3 +250,16 @@ def _collator(processor: Any, task: str) -> Any:
     if task == "seq2seq-lm":
         return DataCollatorForSeq2Seq(processor)
     return DataCollatorForLanguageModeling(processor, mlm=task == "masked-lm")
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -7,7 +7,11 @@
         --max_query_examples 100 \
         --method trak \
         --output_file trak.safetensors
+
+`hf-attribution methods` lists the methods and their settings.
 """
+
+from typing import Any
 
 from transformers import HfArgumentParser
 
@@ -45,4 +49,5 @@ def main(model_args: ModelArguments, data_args: DataArguments, attribute_args: A
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser([ModelArguments, DataArguments, AttributeArguments]).parse_args_into_dataclasses())
+    options: tuple[Any, ...] = (ModelArguments, DataArguments, AttributeArguments)
+    main(*HfArgumentParser(options).parse_args_into_dataclasses())

@@ -17,6 +17,7 @@ Interrupted, the same command goes on where it stopped. Every option of `Trainin
 """
 
 import dataclasses
+from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -62,5 +63,5 @@ def main(
 
 
 if __name__ == "__main__":
-    options = [ModelArguments, DataArguments, RetrainArguments, TrainingArguments]
+    options: tuple[Any, ...] = (ModelArguments, DataArguments, RetrainArguments, TrainingArguments)
     main(*HfArgumentParser(options).parse_args_into_dataclasses())
