@@ -86,7 +86,7 @@ def attribute_command(argv: Sequence[str]) -> None:
     checkpoints = checkpoints_for(method, args.checkpoints)
     workspace = load_workspace(model_args, data_args)
     scores = attribute(
-        workspace.trained_model(),
+        workspace.trained_model(checkpoints),
         workspace.train,
         workspace.query,
         method=method,

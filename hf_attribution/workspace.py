@@ -71,22 +71,30 @@ class Workspace:
     data_collator: Callable[[list[Any]], Mapping[str, Any]]
     task: Task
 
-    def trained_model(self) -> PreTrainedModel:
-        """The model, where it is trained, on the GPU if there is one.
+    def trained_model(self, checkpoints: Sequence[Any] | None = None) -> PreTrainedModel:
+        """The model to attribute with, on the GPU if there is one.
+
+        Args:
+            checkpoints: Weights that will be loaded into it, in place of its own.
 
         Returns:
             The model.
 
         Raises:
-            ValueError: If its weights, or those of its head, are new.
+            ValueError: If its weights, or those of its head, are new, and there are no checkpoints.
         """
-        if self.model is None:
+        if self.model_init is None:
+            model: Any = self.model
+        elif checkpoints:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)  # the model's fingerprint goes into the scores
+                model = self.model_init()
+        else:
             raise ValueError(
                 "The model's head, or all of it, has new weights: there is nothing to attribute yet. Give the folder "
-                "of a trained model as --model_name_or_path, without --from_scratch."
+                "of a trained model as --model_name_or_path, without --from_scratch, or --checkpoints."
             )
-        device: Any = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        return self.model.to(device)
+        return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 
 
 def load_workspace(model_args: ModelArguments, data_args: DataArguments) -> Workspace:
@@ -112,10 +120,10 @@ def load_workspace(model_args: ModelArguments, data_args: DataArguments) -> Work
         ...     workspace.trained_model(), workspace.train, workspace.query, data_collator=workspace.data_collator
         ... )  # doctest: +SKIP
     """
-    splits = {"train": load_train(data_args), "query": load_query(data_args)}
     source = {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code}
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, **source)
     task = model_args.task or _task_of(config)
+    splits = {"train": load_train(data_args), "query": load_query(data_args)}
     new_head = model_args.from_scratch
     if task in ("text-classification", "image-classification"):
         new_head = new_head or not _is_classifier(config, task)

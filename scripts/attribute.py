@@ -31,7 +31,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, attribute_args: A
 
     # One row per query, one column per training example; positive where the example raises the measured output.
     scores = attribute(
-        workspace.trained_model(),
+        workspace.trained_model(checkpoints),
         workspace.train,
         workspace.query,
         method=method,

@@ -149,6 +149,21 @@ def test_retrain_writes_the_outputs_of_every_training(cases, case, more, weights
     assert np.ptp(truth.outputs) > 0
 
 
+def test_weights_that_retrain_keeps_can_be_attributed_with(cases, tmp_path):
+    file = tmp_path / "file.safetensors"
+    more = ["--num_subsets", 2, "--keep_checkpoints", *training(tmp_path / "runs"), "--output_file", file]
+    run("retrain", *cases["new head"], *more)
+    kept = sorted(path.parent for path in tmp_path.rglob("runs/*/model.safetensors"))
+    assert len(kept) == 2
+    argv = ["attribute", *cases["new head"], "--method", "grad_dot", "--output_file", file, "--checkpoints"]
+    singles = []
+    for folders_ in ([kept[0]], [kept[1]], kept, kept):
+        run(*argv, *folders_)
+        singles.append(Scores.load(file))
+    np.testing.assert_allclose(singles[2].values, (singles[0].values + singles[1].values) / 2, rtol=1e-4, atol=1e-6)
+    assert singles[2].fingerprint == singles[3].fingerprint
+
+
 def test_a_second_retrain_trains_no_more(cases, tmp_path, monkeypatch):
     file = tmp_path / "truth.safetensors"
     argv = [*cases["text"], "--num_subsets", 3, *training(tmp_path / "runs"), "--output_file", file]
