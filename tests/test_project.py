@@ -14,16 +14,16 @@ PACKAGE = ROOT / "hf_attribution"
 
 # From the bottom up. A module or folder imports from its own line and from the lines above it.
 LAYERS = (
-    ("errors", "seeds", "seals", "metric_cache"),
+    ("errors", "seeds", "seals", "metric_cache", "arguments"),
     ("artefacts", "scores", "subsets", "counterfactuals", "provenance", "reliability", "rows"),
-    ("evaluation",),
+    ("evaluation", "splits", "preprocessing"),
     ("inputs", "tasks", "data"),
     ("gradients",),
     ("curvature",),
     ("problem",),
     ("methods", "replay", "retraining"),
     ("attribution",),
-    ("trainer", "hub", "report"),
+    ("trainer", "hub", "report", "workspace"),
     ("demo", "cli"),
 )
 LEVELS = {part: level for level, parts in enumerate(LAYERS) for part in parts}

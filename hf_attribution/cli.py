@@ -1,0 +1,301 @@
+"""The command `hf-attribution`: attribute, retrain and evaluate, for models and datasets on the Hub or on disk.
+
+Options are the fields of the dataclasses in `hf_attribution.arguments`. Heavy imports wait inside the commands.
+"""
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hf_attribution
+from hf_attribution.arguments import (
+    AttributeArguments,
+    DataArguments,
+    DemoArguments,
+    EvaluateArguments,
+    ModelArguments,
+    RetrainArguments,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A subcommand: what runs it, what it is for, and an example of its options."""
+
+    run: Callable[[Sequence[str]], None]
+    summary: str
+    example: str = ""
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows one spelling of each option, and defaults that say something."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = [name for name in action.option_strings if "-" not in name[2:]]
+        return super()._format_action_invocation(shown)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = action.required or action.default in (None, False, argparse.SUPPRESS)
+        return f"{action.help or ''}{' (required)' * action.required}{'' if told else ' (default: %(default)s)'}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: The command and its options, by default those of the process.
+
+    Returns:
+        The exit code: 0, or 2 after an error, 130 after an interruption.
+    """
+    parser = _top_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 2
+    # Errors of our own are ValueErrors and ArithmeticErrors.
+    told = () if args.debug else (ValueError, ArithmeticError, OSError, ImportError)
+    try:
+        _command(args.command).run(args.options)
+    except KeyboardInterrupt:
+        resumes = " Finished trainings are kept: the same command goes on from there." * (args.command == "retrain")
+        sys.stderr.write(f"\nhf-attribution: interrupted.{resumes}\n")
+        return 130
+    except told as error:
+        sys.stderr.write(f"hf-attribution: error: {error}\n")
+        return 2
+    return 0
+
+
+def attribute_command(argv: Sequence[str]) -> None:
+    """Score every training example for every query, and write the scores."""
+    options = (ModelArguments, DataArguments, AttributeArguments)
+    model_args, data_args, args = _parse("attribute", options, argv)
+    from hf_attribution.attribution import attribute
+    from hf_attribution.workspace import checkpoints_for, load_workspace
+
+    method = _method(args)
+    checkpoints = checkpoints_for(method, args.checkpoints)
+    workspace = load_workspace(model_args, data_args)
+    scores = attribute(
+        workspace.trained_model(checkpoints),
+        workspace.train,
+        workspace.query,
+        method=method,
+        task=workspace.task,
+        data_collator=workspace.data_collator,
+        checkpoints=checkpoints,
+        batch_size=args.batch_size,
+        cache_dir=args.cache_dir,
+    )
+    scores.save(args.output_file)
+    _say(f"{scores!r}: {args.output_file}")
+
+
+def retrain_command(argv: Sequence[str]) -> None:
+    """Train on random subsets, and write what each trained model says about the queries."""
+    from transformers import TrainingArguments
+
+    options = (ModelArguments, DataArguments, RetrainArguments, TrainingArguments)
+    model_args, data_args, args, training_args = _parse("retrain", options, argv)
+    from hf_attribution.trainer import AttributionTrainer
+    from hf_attribution.workspace import load_workspace
+
+    workspace = load_workspace(model_args, data_args)
+    trainer = AttributionTrainer(
+        model=workspace.model,
+        model_init=workspace.model_init,
+        args=training_args,
+        train_dataset=workspace.train,
+        eval_dataset=workspace.query,
+        data_collator=workspace.data_collator,
+        processing_class=workspace.processing_class,
+    )
+    truth = trainer.retrain(
+        num_subsets=args.num_subsets,
+        fraction=args.fraction,
+        seeds=args.seeds,
+        protocol=args.protocol,
+        task=dataclasses.replace(workspace.task, label_smoothing=training_args.label_smoothing_factor),
+        seed=training_args.seed,
+        keep_checkpoints=args.keep_checkpoints,
+    )
+    truth.save(args.output_file)
+    _say(f"{truth!r}: {args.output_file}")
+
+
+def evaluate_command(argv: Sequence[str]) -> None:
+    """Judge scores by retrained models: the linear datamodeling score, its interval and its ceiling."""
+    args, data_args = _parse("evaluate", (EvaluateArguments, DataArguments), argv)
+    from hf_attribution.counterfactuals import Counterfactuals
+    from hf_attribution.evaluation import evaluate_lds
+    from hf_attribution.scores import Scores
+
+    truth = Counterfactuals.load(args.counterfactuals)
+    scores = {path: Scores.load(path) for path in args.scores}
+    train = None
+    if data_args.dataset_name is not None:
+        from hf_attribution.splits import load_train
+
+        train = load_train(data_args)
+    group_column = args.group_column or data_args.label_column_name
+    reports = {
+        path: evaluate_lds(each, truth, train, group_column, confidence_level=args.confidence_level)
+        for path, each in scores.items()
+    }
+    if args.json:
+        rows = [{"scores": path, **report.to_dict()} for path, report in reports.items()]
+        sys.stdout.write(json.dumps(_plain(rows), indent=2) + "\n")
+        return
+    for report in reports.values():
+        _say(str(report))
+    if len(reports) > 1:
+        _say(_comparison(scores, reports, truth))
+
+
+def methods_command(argv: Sequence[str]) -> None:
+    """List the attribution methods, their settings and where they come from."""
+    _parse("methods", (), argv)
+    from rich.table import Table
+
+    from hf_attribution.methods import METHODS
+
+    table = Table("method", "settings", "paper", title="Attribution methods", title_justify="left")
+    for name, kind in METHODS.items():
+        settings = [f"{field.name}={json.dumps(field.default)}" for field in dataclasses.fields(kind)]
+        table.add_row(name, "\n".join(settings), kind.paper or "a baseline")
+    _say(table)
+
+
+def demo_command(argv: Sequence[str]) -> None:
+    """Train, attribute, retrain and evaluate on images, film reviews and Shakespeare, with nothing downloaded."""
+    (args,) = _parse("demo", (DemoArguments,), argv)
+    from hf_attribution.demo import run_demo
+
+    run_demo(acts=args.acts, full=args.full, output_dir=args.output_dir, seed=args.seed)
+
+
+COMMANDS = {
+    "demo": Command(demo_command, "the whole story on three small models, on a laptop", "--acts digits"),
+    "attribute": Command(
+        attribute_command,
+        "score training examples for queries",
+        "--model_name_or_path me/my-sst2-model --dataset_name nyu-mll/glue --dataset_config_name sst2 "
+        "--max_query_examples 100 --method trak --output_file trak.safetensors",
+    ),
+    "retrain": Command(
+        retrain_command,
+        "retrain on subsets: the ground truth",
+        "--model_name_or_path google-bert/bert-base-uncased --task text-classification --dataset_name nyu-mll/glue "
+        "--dataset_config_name sst2 --max_train_examples 2000 --max_query_examples 100 --num_subsets 50 --seeds 2 "
+        "--num_train_epochs 3 --learning_rate 5e-5 --output_dir retrained --output_file truth.safetensors",
+    ),
+    "evaluate": Command(
+        evaluate_command,
+        "judge scores by retrained models",
+        "--scores trak.safetensors grad_cos.safetensors --counterfactuals truth.safetensors "
+        "--dataset_name nyu-mll/glue --dataset_config_name sst2 --max_train_examples 2000",
+    ),
+    "methods": Command(methods_command, "list attribution methods and their settings"),
+}
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    commands = "\n".join(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="hf-attribution",
+        usage="hf-attribution [--version] [--debug] <command> [options]",
+        description="Training data attribution for Hugging Face models, measured by retraining.",
+        epilog=f"commands:\n{commands}\n\nhf-attribution <command> --help says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hf-attribution {hf_attribution.__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _command(name: str) -> Command:
+    if name not in COMMANDS:
+        raise ValueError(f"There is no command {name!r}.{_nearest(name, COMMANDS)}")
+    return COMMANDS[name]
+
+
+def _parse(name: str, options: Sequence[Any], argv: Sequence[str]) -> tuple[Any, ...]:
+    """The options of a command as instances of its dataclasses."""
+    from transformers import HfArgumentParser
+
+    command = COMMANDS[name]
+    parser = HfArgumentParser(
+        options,
+        prog=f"hf-attribution {name}",
+        usage=f"hf-attribution {name} [options]",
+        description=command.run.__doc__,
+        epilog=f"example:\n  hf-attribution {name} {command.example}".replace(" --", " \\\n      --"),
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        known = [f"--{field.name}" for each in options for field in dataclasses.fields(each)]
+        raise ValueError(f"{name} has no option {unknown[0]}.{_nearest(unknown[0], known)}")
+    return tuple(parsed)
+
+
+def _method(args: AttributeArguments) -> Any:
+    from hf_attribution.methods import get_method
+
+    try:
+        return get_method(args.method, **args.settings)
+    except (KeyError, TypeError) as error:
+        raise ValueError(error.args[0]) from error
+
+
+def _nearest(word: str, words: Any) -> str:
+    close = difflib.get_close_matches(word, words, n=1)
+    return f" Did you mean {close[0]}?" if close else f" There are {', '.join(words)}." if len(words) < 10 else ""
+
+
+def _say(what: Any) -> None:
+    from rich.console import Console
+
+    Console(soft_wrap=isinstance(what, str)).print(what, markup=False, highlight=False)
+
+
+def _comparison(scores: dict[str, Any], reports: dict[str, Any], truth: Any) -> Any:
+    """Reports side by side, with their cost in trainings on all of the data."""
+    from hf_attribution.report.comparison import Entry, comparison_table
+
+    num_subsets, num_seeds, _ = truth.outputs.shape
+    training = truth.provenance.get("seconds", math.nan) / (num_subsets * num_seeds) / truth.subsets.fraction
+    methods = [report.method for report in reports.values()]
+    entries = []
+    for path, report in reports.items():
+        label = report.method if methods.count(report.method) == 1 else f"{report.method} ({Path(path).stem})"
+        seconds = scores[path].provenance.get("seconds", math.nan)
+        entries.append(Entry(label, report, seconds, seconds / training))
+    return comparison_table(entries, title="Linear datamodeling scores")
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Which training examples made a model say what it says?
+
+    python scripts/attribute.py \
+        --model_name_or_path me/my-sst2-model \
+        --dataset_name nyu-mll/glue \
+        --dataset_config_name sst2 \
+        --max_query_examples 100 \
+        --method trak \
+        --output_file trak.safetensors
+
+`hf-attribution methods` lists the methods and their settings.
+"""
+
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from hf_attribution import Scores, attribute
+from hf_attribution.arguments import AttributeArguments, DataArguments, ModelArguments
+from hf_attribution.methods import get_method
+from hf_attribution.workspace import checkpoints_for, load_workspace
+
+
+def main(model_args: ModelArguments, data_args: DataArguments, attribute_args: AttributeArguments) -> Scores:
+    """Score every training example for every query, and write the scores."""
+    method = get_method(attribute_args.method, **attribute_args.settings)
+    checkpoints = checkpoints_for(method, attribute_args.checkpoints)
+
+    # The model, and both datasets with its inputs beside their own columns.
+    workspace = load_workspace(model_args, data_args)
+
+    # One row per query, one column per training example; positive where the example raises the measured output.
+    scores = attribute(
+        workspace.trained_model(checkpoints),
+        workspace.train,
+        workspace.query,
+        method=method,
+        task=workspace.task,
+        data_collator=workspace.data_collator,
+        checkpoints=checkpoints,
+        batch_size=attribute_args.batch_size,
+        cache_dir=attribute_args.cache_dir,
+    )
+    scores.save(attribute_args.output_file)
+
+    # What helped most, with the text or image of each example: a datasets.Dataset.
+    print(scores.top(k=3, train_dataset=workspace.train).select_columns(["query", "rank", "train_index", "score"])[:9])
+    return scores
+
+
+if __name__ == "__main__":
+    options: tuple[Any, ...] = (ModelArguments, DataArguments, AttributeArguments)
+    main(*HfArgumentParser(options).parse_args_into_dataclasses())
