@@ -121,11 +121,16 @@ def test_first_label_of_a_causal_model_is_no_target():
         torch.testing.assert_close(CausalLM().losses(model, batch), CausalLM().losses(model, changed), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("family", models.TEXT)
-@pytest.mark.parametrize(("left", "right"), [(0, 0), (0, 3), (3, 0), (2, 1)])
+@pytest.mark.parametrize(
+    ("family", "left", "right"),
+    [
+        (family, left, right)
+        for family in models.TEXT
+        for left, right in ((0, 0), (0, 3), (3, 0), (2, 1))
+        if not (left and family in MOVED_BY_LEFT_PADDING)
+    ],
+)
 def test_padding_changes_no_loss(family, left, right):
-    if left and family in MOVED_BY_LEFT_PADDING:
-        pytest.skip("not what the model is for")
     model, batch = models.make(family)
     task = infer_task(model)
     with torch.no_grad():
