@@ -12,7 +12,6 @@ from hf_attribution.counterfactuals import Counterfactuals, Subsets
 from hf_attribution.data import Split
 from hf_attribution.errors import UnsupportedError
 from hf_attribution.methods import Method, get_method
-from hf_attribution.problem import Checkpoint
 from hf_attribution.retraining import Recipe, Request, make_plan, run_plan
 from hf_attribution.retraining.recipe import copied, given
 from hf_attribution.scores import Scores
@@ -67,7 +66,7 @@ class AttributionMixin(_Base):
         query_dataset: Any = None,
         method: str | Method = "trak",
         train_dataset: Any = None,
-        checkpoints: Sequence[str | Path | nn.Module | Checkpoint] | None = None,
+        checkpoints: Sequence[str | Path | nn.Module] | None = None,
         task: Task | None = None,
         batch_size: int | None = None,
         cache_dir: str | Path | None = None,
@@ -95,8 +94,9 @@ class AttributionMixin(_Base):
             >>> scores.top(k=5)  # doctest: +SKIP
         """
         chosen = get_method(method)
-        if checkpoints is None and chosen.needs_checkpoints:
-            checkpoints = trainer_checkpoints(str(self.args.output_dir))
+        sources: Sequence[Any] | None = checkpoints
+        if sources is None and chosen.needs_checkpoints:
+            sources = trainer_checkpoints(str(self.args.output_dir))
         return attribute(
             cast(nn.Module, self.model),
             _one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
@@ -104,7 +104,7 @@ class AttributionMixin(_Base):
             method=chosen,
             task=task if task is not None else self._task(),
             data_collator=self.data_collator,
-            checkpoints=checkpoints,
+            checkpoints=sources,
             batch_size=batch_size if batch_size is not None else self.args.per_device_eval_batch_size,
             cache_dir=cache_dir,
             remove_unused_columns=self.args.remove_unused_columns,
@@ -203,6 +203,6 @@ def _one_dataset(dataset: Any, name: str) -> Any:
     remedy = "pass it, or give the trainer an eval_dataset" if name == "query" else "give the trainer a train_dataset"
     if dataset is None:
         raise ValueError(f"There is no {name} dataset: {remedy}.")
-    if type(dataset) is dict:
+    if isinstance(dataset, dict):
         raise ValueError(f"The {name} dataset is a dict of several ({', '.join(dataset)}): pass one of them.")
     return dataset

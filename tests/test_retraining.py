@@ -391,8 +391,9 @@ def language_model_trainer(folder, **settings):
     )
 
 
-def test_with_all_weights_one_it_is_the_plain_training_of_a_language_model(tmp_path):
-    trainer = language_model_trainer(tmp_path)
+@pytest.mark.parametrize("order", ["random", "group_by_length"])
+def test_with_all_weights_one_it_is_the_plain_training_of_a_language_model(tmp_path, order):
+    trainer = language_model_trainer(tmp_path, train_sampling_strategy=order)
     weighted = weighted_training(trainer, np.ones(8))
     fresh = language_model_trainer(tmp_path).model
     plain = plain_training(fresh, trainer.args, trainer.train_dataset, 3, data_collator=trainer.data_collator)

@@ -8,6 +8,7 @@ import torch
 from datasets import IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
 
 from hf_attribution.counterfactuals import Subsets
 from hf_attribution.errors import MismatchError, UnsupportedError
@@ -77,11 +78,12 @@ def test_retraining_leaves_everything_as_it_was(tmp_path, protocol):
     settings, steps = copy.deepcopy(trainer.args.to_dict()), list(notes.steps)
     attributes, callbacks = set(vars(trainer)), list(trainer.callback_handler.callbacks)
     state, collator = copy.deepcopy(trainer.state), trainer.data_collator
-    randomness = random_state()
+    randomness, verbosity = random_state(), logging.get_verbosity()
 
     trainer.retrain(num_subsets=2, protocol=protocol)
 
     assert random_state() == randomness
+    assert logging.get_verbosity() == verbosity
     assert (trainer.model, trainer.optimizer, trainer.train_dataset) == (model_before, optimizer, data)
     assert trainer.data_collator is collator
     for name, tensor in trainer.model.state_dict().items():
@@ -202,6 +204,23 @@ def test_any_dataset_with_length_and_positions_will_do(tmp_path, protocol):
     arrow = trainer_in(tmp_path / "b")
     settings = {"num_subsets": 1, "protocol": protocol}
     np.testing.assert_allclose(own.retrain(**settings).outputs, arrow.retrain(**settings).outputs, atol=1e-6)
+
+
+class BareForSequenceClassification(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.points_model = model()
+
+    def forward(self, points=None, labels=None):
+        return self.points_model(points, labels)
+
+
+def test_any_module_will_do_as_a_model(tmp_path):
+    trainer = trainer_in(tmp_path, trainer_settings={"model": BareForSequenceClassification()})
+    truth = trainer.retrain(num_subsets=1)
+    np.testing.assert_array_equal(truth.outputs, trainer_in(tmp_path).retrain(num_subsets=1).outputs)
+    with pytest.raises(UnsupportedError, match="keep_checkpoints needs a model with save_pretrained"):
+        trainer.retrain(num_subsets=1, keep_checkpoints=True)
 
 
 def test_model_init_gives_every_run_weights_of_its_own(tmp_path):

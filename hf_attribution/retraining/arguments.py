@@ -20,6 +20,7 @@ _SWITCHED_OFF: dict[str, Any] = {
     "skip_memory_metrics": True,
     "report_to": [],
     "disable_tqdm": True,
+    "log_level": "passive",
     "push_to_hub": False,
     "enable_jit_checkpoint": False,
     "metric_for_best_model": None,

@@ -12,7 +12,7 @@ from transformers import Trainer
 from hf_attribution.artefacts import fingerprint
 from hf_attribution.counterfactuals import Subsets
 from hf_attribution.data import Batch, Split, check_same_columns, used_columns
-from hf_attribution.errors import MismatchError
+from hf_attribution.errors import MismatchError, UnsupportedError
 from hf_attribution.inputs import unwrap, weights_fingerprint
 from hf_attribution.retraining.arguments import described_arguments, material_arguments
 from hf_attribution.retraining.checks import check_optimizers, check_trainer, check_weighted, check_writable
@@ -114,6 +114,7 @@ def make_plan(trainer: Trainer, recipe: Recipe, request: Request) -> Plan:
     Raises:
         ValueError: If a setting is out of its range.
         MismatchError: If queries and training data, or the folder and this training, do not belong together.
+        UnsupportedError: If this training cannot be repeated, or its weights not be saved.
     """
     if request.protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {request.protocol!r}.")
@@ -136,6 +137,10 @@ def make_plan(trainer: Trainer, recipe: Recipe, request: Request) -> Plan:
         "task": fingerprint(json.dumps(request.task.description, sort_keys=True)),
     }
     manifest = _manifest(trainer, recipe, request, initial, fingerprints) | {"collated": _collated(train)}
+    if request.keep_checkpoints and not hasattr(initial, "save_pretrained"):
+        raise UnsupportedError(
+            f"keep_checkpoints needs a model with save_pretrained; {type(initial).__name__} has none."
+        )
     if request.protocol == "fixed":
         check_weighted(trainer, initial, train.dataset, request.task_given)
     queries = list(query.batches())

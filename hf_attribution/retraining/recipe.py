@@ -69,7 +69,7 @@ class Recipe:
             _usable(self.callbacks)
         positional, named = self._arguments(placeholders)
         try:
-            inspect.signature(self.trainer_class).bind(*positional, **named)
+            inspect.signature(self.trainer_class.__init__).bind(None, *positional, **named)
         except TypeError as error:
             raise UnsupportedError(
                 f"{self.trainer_class.__name__} cannot be built again for a retraining ({error}): let its __init__ "

@@ -49,6 +49,7 @@ def run_plan(plan: Plan) -> Counterfactuals:
     quiet = plan.trainer.args.disable_tqdm
     with (
         _old_objects_left_alone(),
+        _warned_already(),
         tqdm(total=total, initial=len(finished), desc="Retraining", unit="run", disable=quiet) as bar,
     ):
         while todo := worklist.missing():
@@ -84,6 +85,17 @@ def _old_objects_left_alone() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+@contextlib.contextmanager
+def _warned_already() -> Iterator[None]:
+    """Keep transformers from giving its warnings about model and tokenizer once more for every training."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def train_and_measure(plan: Plan, run: Run) -> tuple[np.ndarray, Trainer]:
