@@ -148,8 +148,8 @@ class DemoArguments:
     _argument_group_name: ClassVar[str] = "demo"
 
     acts: list[str] = field(
-        default_factory=lambda: ["digits", "reviews", "plays"],
-        metadata={"help": "Acts to play.", "choices": ["digits", "reviews", "plays"]},
+        default_factory=lambda: ["digits", "reviews", "shakespeare"],
+        metadata={"help": "Acts to play.", "choices": ["digits", "reviews", "shakespeare"]},
     )
     full: bool = option("More subsets and seeds, for tighter intervals.", False)
     output_dir: str = option("Folder for scores, retrainings and pictures.", "outputs/demo")

@@ -30,7 +30,7 @@ def attribute(
     method: str | Method = "trak",
     task: Task | None = None,
     data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
-    checkpoints: Sequence[str | Path | nn.Module] | None = None,
+    checkpoints: Sequence[str | Path | nn.Module | Checkpoint] | None = None,
     batch_size: int = 32,
     cache_dir: str | Path | None = None,
     remove_unused_columns: bool = True,

@@ -60,7 +60,8 @@ class Arguments:
 
 def main() -> None:
     """Run the sections that are asked for."""
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    options: Any = Arguments
+    (arguments,) = HfArgumentParser(options).parse_args_into_dataclasses()
     torch.set_num_threads(1)
     if arguments.memory_of is not None:
         print(json.dumps(measure_memory(arguments)))

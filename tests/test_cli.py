@@ -332,10 +332,15 @@ def test_demo_is_called_with_its_options(monkeypatch):
     demo = types.ModuleType("hf_attribution.demo")
     demo.run_demo = lambda **settings: called.update(settings)
     monkeypatch.setitem(sys.modules, "hf_attribution.demo", demo)
-    run("demo", "--acts", "digits", "plays", "--output_dir", "there", "--seed", 3)
-    assert called == {"acts": ["digits", "plays"], "full": False, "output_dir": "there", "seed": 3}
+    run("demo", "--acts", "digits", "shakespeare", "--output_dir", "there", "--seed", 3)
+    assert called == {"acts": ["digits", "shakespeare"], "full": False, "output_dir": "there", "seed": 3}
     run("demo", "--full")
-    assert called == {"acts": ["digits", "reviews", "plays"], "full": True, "output_dir": "outputs/demo", "seed": 0}
+    assert called == {
+        "acts": ["digits", "reviews", "shakespeare"],
+        "full": True,
+        "output_dir": "outputs/demo",
+        "seed": 0,
+    }
 
 
 @pytest.mark.parametrize("name", ["attribute", "retrain"])

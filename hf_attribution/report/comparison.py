@@ -42,12 +42,9 @@ def comparison_table(entries: Sequence[Entry], title: str) -> Table:
     """
     partial = any(entry.report.partial_lds is not None for entry in entries)
     table = Table(title=title, title_justify="left")
-    table.add_column("method", no_wrap=True)
-    table.add_column("LDS [interval]", justify="right", no_wrap=True)
-    if partial:
-        table.add_column("partial LDS [interval]", justify="right", no_wrap=True)
-    table.add_column("seconds", justify="right")
-    table.add_column("trainings", justify="right")
+    table.add_column("method", overflow="fold")
+    for name in ["LDS", *(["partial LDS"] if partial else []), "seconds", "trainings"]:
+        table.add_column(name, justify="right", no_wrap=True)
     for entry in sorted(entries, key=lambda entry: -_sortable(entry.report.lds)):
         report = entry.report
         row = [entry.label, _score(report.lds, report.confidence_interval)]
@@ -97,11 +94,15 @@ def plot_comparison(entries: Sequence[Entry], title: str, path: str | Path) -> N
 def _score(value: float | None, interval: tuple[float, float] | None) -> str:
     if value is None or interval is None or math.isnan(value):
         return "undefined"
-    return f"{value:.3f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+    return f"{_short(value, 3)} [{_short(interval[0], 2)}, {_short(interval[1], 2)}]"
+
+
+def _short(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}".replace("0.", ".", 1)
 
 
 def _number(value: float | None) -> str:
-    return "needs 2 seeds" if value is None else f"{value:.3f}"
+    return "needs 2 seeds" if value is None else _short(value, 3)
 
 
 def _sortable(value: float) -> float:

@@ -86,7 +86,7 @@ def plot_image_examples(
         shown += [(train_dataset, row, f"{score:+.2g}", "tab:green") for row, score in helpful]
         shown += [(train_dataset, row, f"{score:+.2g}", "tab:red") for row, score in harmful]
         for cell, (dataset, row, title, colour) in zip(line, shown, strict=True):
-            cell.imshow(np.asarray(dataset[row][column]), cmap="grey")
+            cell.imshow(np.asarray(dataset.with_format(None)[row][column]), cmap="grey")
             cell.set_title(f"{title}\n{_label(dataset, row)}", fontsize=7, color=colour)
             cell.set_axis_off()
     figure.suptitle(f"Query, the {k} most helpful and the {k} most harmful training images, by {scores.method}")
@@ -94,7 +94,7 @@ def plot_image_examples(
 
 
 def _describe(dataset: Any, row: int, column: str, length: int = 160) -> str:
-    text = " ".join(str(dataset[row][column]).split())
+    text = " ".join(str(dataset.with_format(None)[row][column]).split())
     shortened = text if len(text) <= length else text[: length - 1] + "…"
     label = _label(dataset, row)
     return f"[dim]{escape(label)}[/dim] {escape(shortened)}" if label else escape(shortened)
@@ -104,5 +104,5 @@ def _label(dataset: Any, row: int) -> str:
     feature = dataset.features.get("label")
     if feature is None:
         return ""
-    value = dataset[row]["label"]
+    value = dataset.with_format(None)[row]["label"]
     return feature.int2str(value) if hasattr(feature, "int2str") else str(value)

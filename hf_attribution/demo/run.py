@@ -1,0 +1,149 @@
+"""The demo: each act trains, attributes with every method, retrains on subsets, and shows who predicted it best."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from rich.console import Console
+from transformers import set_seed
+from transformers.utils import logging
+
+from hf_attribution.demo.acts import ACTS, Act, Effort, Material, accuracy
+from hf_attribution.evaluation import evaluate_lds
+from hf_attribution.methods import METHODS, LabelMatch, Method
+from hf_attribution.report.comparison import Entry, comparison_table, plot_comparison
+from hf_attribution.report.examples import plot_image_examples, text_examples
+from hf_attribution.scores import Scores
+from hf_attribution.trainer import AttributionTrainer
+
+# The method whose examples are shown.
+SHOWN = "trak"
+NUM_SHOWN = 4
+
+
+def run_demo(
+    acts: Sequence[str] | None = None,
+    full: bool = False,
+    output_dir: str | Path = "outputs/demo",
+    seed: int = 0,
+    console: Console | None = None,
+) -> None:
+    """Play acts of the demo. Interrupted and called again, it goes on where retraining stopped.
+
+    Args:
+        acts: Names in `ACTS`; all by default.
+        full: Retrain more, for narrower intervals: an hour instead of minutes.
+        output_dir: Where checkpoints, scores, retrained outputs, tables and pictures go.
+        seed: Seed of training, subsets and methods.
+        console: Where to print.
+
+    Raises:
+        ValueError: If there is no act of a name.
+    """
+    console = console or Console()
+    unknown = [name for name in acts or () if name not in ACTS]
+    if unknown:
+        raise ValueError(f"There is no act {unknown[0]!r}: choose from {', '.join(ACTS)}.")
+    # Its own bars are enough: those of training and retraining stay.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    started = time.perf_counter()
+    for name in acts or ACTS:
+        _play(ACTS[name], full, Path(output_dir) / name, seed, console)
+    console.print(f"\nAll of it took {(time.perf_counter() - started) / 60:.1f} minutes.")
+
+
+def _play(act: Act, full: bool, folder: Path, seed: int, console: Console) -> None:
+    console.rule(f"[bold]{act.title}")
+    effort = act.full if full else act.quick
+    material = act.prepare()
+    query = material.queries(effort.num_queries)
+    set_seed(seed)
+    trainer = _trainer(act, material, folder, seed)
+    started = time.perf_counter()
+    trainer.train()
+    training_seconds = time.perf_counter() - started
+    console.print(
+        f"Trained on {len(material.train)} rows in {training_seconds:.1f} s: {_quality(trainer)}. One training."
+    )
+    scores, entries = _attribute(act, trainer, query, folder, console), []
+    console.print(f"Retraining on {effort.num_subsets} random halves of the rows, {effort.seeds} seeds each.")
+    truth = trainer.retrain(
+        query, num_subsets=effort.num_subsets, fraction=0.5, seeds=effort.seeds, seed=seed,
+        output_dir=folder / f"retraining-{seed}",
+    )  # fmt: skip
+    truth.save(folder / "counterfactuals.safetensors")
+    for name, found in scores.items():
+        report = evaluate_lds(found, truth, material.train, group_column=act.group_column)
+        seconds = found.provenance["seconds"]
+        entries.append(Entry(name, report, seconds, seconds / training_seconds))
+    _show(act, entries, scores[SHOWN], material, query, folder, console)
+    _record(act, effort, training_seconds, entries, folder)
+
+
+def _trainer(act: Act, material: Material, folder: Path, seed: int) -> AttributionTrainer:
+    return AttributionTrainer(
+        model_init=material.model_init,
+        args=act.training_arguments(
+            folder / "run", seed=seed, data_seed=seed, disable_tqdm=False, logging_strategy="no"
+        ),
+        train_dataset=material.train,
+        eval_dataset=material.held_out,
+        data_collator=material.data_collator,
+        processing_class=material.processing_class,
+        compute_metrics=accuracy if act.group_column == "label" else None,
+    )
+
+
+def _quality(trainer: AttributionTrainer) -> str:
+    metrics = trainer.evaluate()
+    if "eval_accuracy" in metrics:
+        return f"accuracy {metrics['eval_accuracy']:.2f} on new rows"
+    return f"loss {metrics['eval_loss']:.2f} per token on new rows"
+
+
+def _attribute(act: Act, trainer: AttributionTrainer, query: Any, folder: Path, console: Console) -> dict[str, Scores]:
+    scores = {}
+    for name in METHODS:
+        found = trainer.attribute(query, method=_method(name, act))
+        found.save(folder / f"{name}.safetensors")
+        console.print(f"  {name}: {found.provenance['seconds']:.1f} s")
+        scores[name] = found
+    return scores
+
+
+def _method(name: str, act: Act) -> str | Method:
+    # Where rows have no label, what a baseline can match is the group they come from.
+    return LabelMatch(column=act.group_column) if name == "label_match" else name
+
+
+def _show(
+    act: Act, entries: list[Entry], shown: Scores, material: Material, query: Any, folder: Path, console: Console
+) -> None:
+    console.print(comparison_table(entries, title=f"{act.title}: how well scores predict retraining"))
+    console.print(str(next(entry.report for entry in entries if entry.label == SHOWN)))
+    picture = folder / "lds_against_cost.png"
+    plot_comparison(entries, act.title, picture)
+    console.print(f"Picture: {picture}")
+    queries = range(NUM_SHOWN)
+    if act.shown_column == "image":
+        examples = folder / "examples.png"
+        plot_image_examples(shown, material.train, query, queries, examples)
+        console.print(f"What shaped some queries, as images: {examples}")
+    else:
+        console.print(text_examples(shown, material.train, query, queries, act.shown_column))
+
+
+def _record(act: Act, effort: Effort, training_seconds: float, entries: list[Entry], folder: Path) -> None:
+    record = {
+        "act": act.name,
+        "effort": dataclasses.asdict(effort),
+        "training_seconds": training_seconds,
+        "methods": [dataclasses.asdict(entry) for entry in entries],
+    }
+    (folder / "results.json").write_text(json.dumps(record, indent=2))
