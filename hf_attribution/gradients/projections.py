@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_attribution.gradients.per_example import Gradients
-from hf_attribution.gradients.terms import Dense, Lookup, Outer, Term, dense
+from hf_attribution.gradients.terms import Lookup, Outer, Term, dense
 from hf_attribution.seeds import derive_seed
 
 
@@ -61,47 +61,46 @@ class Projection:
         """
         total = gradients.values.new_zeros(len(gradients.indices), self.dim)
         for name, terms in gradients.terms.items():
-            total += _KINDS[self.kind](terms, shapes[name], self.dim, (self.seed, name))
+            _KINDS[self.kind](total, terms, shapes[name], (self.seed, name))
         return total
 
 
 Key = tuple[int, str]
 
 
-def project_two_sided(terms: Sequence[Term], shape: torch.Size, dim: int, key: Key) -> Tensor:
-    """`sketch(P G Q)` for a weight matrix G; vectors are sketched as they are. `[B, dim]`."""
+def add_two_sided(total: Tensor, terms: Sequence[Term], shape: torch.Size, key: Key) -> None:
+    """Add `sketch(P G Q)` for a weight matrix G; vectors are sketched as they are."""
     rows, columns = _matrix_shape(shape)
     if min(rows, columns) == 1:
-        return project_sparse(terms, shape, dim, key)
-    kept_rows, kept_columns = _kept(rows, columns, _OVERSAMPLING * dim)
-    device = terms[0].right.device if not isinstance(terms[0], Dense) else terms[0].values.device
-    left = _side(rows, kept_rows, (*key, "rows"), device)
-    right = _side(columns, kept_columns, (*key, "columns"), device)
-    core = sum(_multiply(term, left, right, rows, columns) for term in terms)
-    assert isinstance(core, Tensor)
-    return _sketch(core.flatten(1), dim, (*key, "core"))
+        return add_sparse(total, terms, shape, key)
+    kept_rows, kept_columns = _kept(rows, columns, _OVERSAMPLING * total.shape[1])
+    left = _side(rows, kept_rows, (*key, "rows"), total.device)
+    right = _side(columns, kept_columns, (*key, "columns"), total.device)
+    for term in terms:
+        _add_sketch(total, _multiply(term, left, right, rows, columns).flatten(1), (*key, "core"))
+    return None
 
 
-def project_sparse(terms: Sequence[Term], shape: torch.Size, dim: int, key: Key) -> Tensor:
-    """Every entry of the gradient, with a random sign, added to one random coordinate. `[B, dim]`."""
-    return _sketch(dense(terms), dim, (*key, "entries"))
+def add_sparse(total: Tensor, terms: Sequence[Term], shape: torch.Size, key: Key) -> None:
+    """Add every entry of the gradient, with a random sign, to one coordinate."""
+    _add_sketch(total, dense(terms), (*key, "entries"))
 
 
-def project_rademacher(terms: Sequence[Term], shape: torch.Size, dim: int, key: Key) -> Tensor:
-    """Multiplication by a dense matrix of random signs. `[B, dim]`."""
-    return _multiply_blocks(dense(terms), dim, key, _signs)
+def add_rademacher(total: Tensor, terms: Sequence[Term], shape: torch.Size, key: Key) -> None:
+    """Add the gradient multiplied by a dense matrix of random signs."""
+    _add_blocks(total, dense(terms), key, _signs)
 
 
-def project_gaussian(terms: Sequence[Term], shape: torch.Size, dim: int, key: Key) -> Tensor:
-    """Multiplication by a dense Gaussian matrix. `[B, dim]`."""
-    return _multiply_blocks(dense(terms), dim, key, lambda size, g: torch.randn(size, generator=g))
+def add_gaussian(total: Tensor, terms: Sequence[Term], shape: torch.Size, key: Key) -> None:
+    """Add the gradient multiplied by a dense Gaussian matrix."""
+    _add_blocks(total, dense(terms), key, lambda size, generator: torch.randn(size, generator=generator))
 
 
-_KINDS: dict[str, Callable[[Sequence[Term], torch.Size, int, Key], Tensor]] = {
-    "two_sided": project_two_sided,
-    "sparse": project_sparse,
-    "rademacher": project_rademacher,
-    "gaussian": project_gaussian,
+_KINDS: dict[str, Callable[[Tensor, Sequence[Term], torch.Size, Key], None]] = {
+    "two_sided": add_two_sided,
+    "sparse": add_sparse,
+    "rademacher": add_rademacher,
+    "gaussian": add_gaussian,
 }
 
 # The two sides keep this many times `dim` entries, which a sketch folds up: products of two small random matrices
@@ -159,28 +158,36 @@ def _factors_are_cheaper(term: Outer, left: Tensor | None, right: Tensor | None)
     return factored < formed
 
 
-def _sketch(values: Tensor, dim: int, key: tuple[int | str, ...]) -> Tensor:
-    """Add every column, with a random sign, to one of `dim` columns, each of which gets equally many. `[B, dim]`."""
-    order, signs = _permutation(values.shape[1], dim, key, values.device)
-    padded = torch.nn.functional.pad(values * signs.to(values), (0, len(order) - values.shape[1]))
-    return padded[:, order].unflatten(1, (-1, dim)).sum(1)
+def _add_sketch(total: Tensor, values: Tensor, key: tuple[int | str, ...]) -> None:
+    """Add every column of `values`, with a random sign, to one of `total [B, dim]`, from a random one onwards.
+
+    The signs alone make it unbiased; which columns meet does not matter, so none is looked up anywhere.
+    """
+    dim, size = total.shape[1], values.shape[1]
+    signs, start = _random_signs(size, dim, key, values.device)
+    signed = values * signs.to(values)
+    whole = size // dim * dim
+    if whole:
+        total += signed[:, :whole].unflatten(1, (-1, dim)).sum(1)
+    rest = signed[:, whole:]
+    before_the_end = min(dim - start, rest.shape[1])
+    total[:, start : start + before_the_end] += rest[:, :before_the_end]
+    total[:, : rest.shape[1] - before_the_end] += rest[:, before_the_end:]
 
 
 @functools.lru_cache(maxsize=4096)
-def _permutation(size: int, dim: int, key: tuple[int | str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _random_signs(size: int, dim: int, key: tuple[int | str, ...], device: torch.device) -> tuple[Tensor, int]:
     generator = torch.Generator().manual_seed(derive_seed(*key))
-    order = torch.randperm(math.ceil(size / dim) * dim, generator=generator)
-    return order.to(device), _signs((size,), generator).to(device)
+    return _signs((size,), generator).to(device), derive_seed(*key, "start") % dim
 
 
-def _multiply_blocks(
-    values: Tensor, dim: int, key: Key, draw: Callable[[tuple[int, ...], torch.Generator], Tensor]
-) -> Tensor:
-    total = values.new_zeros(len(values), dim)
+def _add_blocks(
+    total: Tensor, values: Tensor, key: Key, draw: Callable[[tuple[int, ...], torch.Generator], Tensor]
+) -> None:
+    dim = total.shape[1]
     for start, stop in _blocks(values.shape[1], max(1, _BLOCK // dim)):
         generator = torch.Generator().manual_seed(derive_seed(*key, start))
-        total += values[:, start:stop] @ draw((stop - start, dim), generator).to(values)
-    return total / math.sqrt(dim)
+        total += values[:, start:stop] @ draw((stop - start, dim), generator).to(values) / math.sqrt(dim)
 
 
 def _blocks(size: int, step: int) -> Iterator[tuple[int, int]]:

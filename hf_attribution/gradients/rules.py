@@ -132,8 +132,8 @@ def scaled_embedding(call: Call) -> dict[str, Term]:
 def affine(call: Call) -> dict[str, Term]:
     """Norms of any kind: the output is the normalised input times a weight, plus a bias, per channel.
 
-    The normalised input is taken from the module itself, as what a weight of one adds to its output: so it is right
-    whatever the epsilon, the rounding or the way of writing the weight (`weight` or `1 + weight`).
+    Where torch has no function for it, the normalised input is taken from the module itself, as what a weight of one
+    adds to its output: right whatever the epsilon or the way of writing the weight (`weight` or `1 + weight`).
 
     Args:
         call: The call of the norm.
@@ -142,12 +142,18 @@ def affine(call: Call) -> dict[str, Term]:
         The terms of `weight` and `bias`.
     """
     module, gradient = call.module, _full(call.output_gradient)
-    zeros = {name: torch.zeros_like(p) for name, p in module.named_parameters(recurse=False)}
-    ones = {**zeros, "weight": torch.ones_like(zeros["weight"])}
-    normalised = _full(functional_call(module, ones, call.args, dict(call.kwargs)))
-    normalised = normalised - _full(functional_call(module, zeros, call.args, dict(call.kwargs)))
+    shape = module.get_parameter("weight").shape
+    if type(module).forward is nn.LayerNorm.forward:
+        normalised = F.layer_norm(_full(call.input), shape, eps=module.eps)  # type: ignore[arg-type]
+    elif type(module).forward is nn.GroupNorm.forward:
+        normalised = F.group_norm(_full(call.input), module.num_groups, eps=module.eps)  # type: ignore[arg-type]
+    else:
+        zeros = {name: torch.zeros_like(p) for name, p in module.named_parameters(recurse=False)}
+        ones = {**zeros, "weight": torch.ones_like(zeros["weight"])}
+        normalised = _full(functional_call(module, ones, call.args, dict(call.kwargs)))
+        normalised = normalised - _full(functional_call(module, zeros, call.args, dict(call.kwargs)))
     return {
-        name: Dense(_per_channel(values, call, zeros["weight"].shape))
+        name: Dense(_per_channel(values, call, shape))
         for name, values in (("weight", normalised * gradient), ("bias", gradient))
     }
 
