@@ -1,6 +1,8 @@
 """Every method against a closed form or brute force, and what must not change a score: over all of METHODS."""
 
 import copy
+import errno
+import os
 
 import datasets
 import numpy as np
@@ -364,6 +366,19 @@ def test_an_interrupted_store_is_resumed(model, train, query, tmp_path):
     found = scores(model, train, query, "trak", failing, cache_dir=tmp_path, batch_size=4)
     assert calls < 10 + -(-N // 4) + -(-Q // 4)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_a_full_disk_and_an_unwritable_folder_are_named_before_work(model, train, query, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"No space left.*smaller dim"):
+        scores(model, train, query, "trak", cache_dir=tmp_path)
+    assert not list((tmp_path / "features").iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        scores(model, train, query, "trak", cache_dir=tmp_path / "file")
 
 
 def test_scores_carry_what_they_belong_to(model, train, query):

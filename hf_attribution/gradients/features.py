@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,12 +167,22 @@ def _open_part(part: Path, manifest: dict[str, Any]) -> tuple[np.memmap, np.memm
     part.mkdir(parents=True)
     (part / "manifest.json").write_text(json.dumps(manifest, indent=2))
     rows, dim = manifest["num_rows"], manifest["dim"]
-    free = shutil.disk_usage(part).free
-    if free < 4 * rows * dim:
-        raise OSError(f"{part} needs {4e-9 * rows * dim:.1f} GB for the features, and {free / 1e9:.1f} GB are free.")
-    create = np.lib.format.open_memmap
-    return (
-        create(part / names[0], mode="w+", dtype=np.float32, shape=(rows, dim)),
-        create(part / names[1], mode="w+", dtype=np.float32, shape=(rows,)),
-        create(part / names[2], mode="w+", dtype=np.bool_, shape=(rows,)),
-    )
+    try:
+        return (
+            _create(part / names[0], np.float32, (rows, dim)),
+            _create(part / names[1], np.float32, (rows,)),
+            _create(part / names[2], np.bool_, (rows,)),
+        )
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        message = f"{error.strerror or error}: the features of {rows} rows take {4e-9 * rows * dim:.2f} GB"
+        raise OSError(error.errno, message + "; give another cache_dir, or a smaller dim", str(part)) from error
+
+
+def _create(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        # A mapped file has holes, and a hole that finds the disk full kills the process: take the space now.
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array

@@ -178,7 +178,7 @@ class PerExampleGradients:
         if not names:
             return
         self._one_by_one = sorted({*self._one_by_one, *names})
-        logger.warning(
+        logger.warning_once(
             f"No per-example rule covers {', '.join(sorted(names))}: these are differentiated one example at a "
             "time, which is slow. Leave them out with modules=[...] if they do not matter."
         )
