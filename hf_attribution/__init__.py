@@ -18,6 +18,7 @@ from hf_attribution.metric_cache import metric_path, register_metrics
 if TYPE_CHECKING:
     from hf_attribution.attribution import attribute
     from hf_attribution.counterfactuals import Counterfactuals, Subsets
+    from hf_attribution.ensemble import Ensemble
     from hf_attribution.evaluation import LDSReport, evaluate_lds
     from hf_attribution.methods import (
         METHODS,
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "attribution": ("attribute",),
     "counterfactuals": ("Counterfactuals", "Subsets"),
+    "ensemble": ("Ensemble",),
     "evaluation": ("LDSReport", "evaluate_lds"),
     "methods": (
         "METHODS",
@@ -63,6 +65,7 @@ __all__ = [
     "AttributionTrainer",
     "Checkpoint",
     "Counterfactuals",
+    "Ensemble",
     "GradCos",
     "GradDot",
     "LDSReport",

@@ -15,6 +15,7 @@ from transformers import default_data_collator
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_attribution.data import Split, check_same_columns, used_columns
+from hf_attribution.ensemble import Ensemble
 from hf_attribution.errors import MismatchError, NonFiniteError
 from hf_attribution.methods import Method, get_method
 from hf_attribution.problem import Checkpoint, Problem
@@ -30,7 +31,7 @@ def attribute(
     method: str | Method = "trak",
     task: Task | None = None,
     data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
-    checkpoints: Sequence[str | Path | nn.Module | Checkpoint] | None = None,
+    checkpoints: Ensemble | Sequence[str | Path | nn.Module | Checkpoint] | None = None,
     batch_size: int = 32,
     cache_dir: str | Path | None = None,
     remove_unused_columns: bool = True,
@@ -47,8 +48,8 @@ def attribute(
         method: A name in `METHODS`, or a method with settings, `Trak(dim=4096)`.
         task: What is learned and measured; by default told from the model's class, see `infer_task`.
         data_collator: The collator of training; by default transformers' `default_data_collator`.
-        checkpoints: Weights to attribute with, as folders or models, instead of the model's own: several independently
-            trained models, or the checkpoints of a run. A method averages over them.
+        checkpoints: Weights to attribute with, as an ensemble, folders or models, instead of the model's own: several
+            independently trained models, or the checkpoints of a run. A method averages over them.
         batch_size: Rows in a batch. It does not change the scores.
         cache_dir: Where projected gradients are kept and found again; by default they are deleted at the end.
         remove_unused_columns: Drop columns that the model's `forward` does not take, as the Trainer does.
@@ -58,7 +59,8 @@ def attribute(
         `Scores` with values `[Q, N]`, positive where including the example raises the measured output.
 
     Raises:
-        MismatchError: If the query dataset lacks columns, or a checkpoint is of another architecture.
+        MismatchError: If the query dataset lacks columns, a checkpoint is of another architecture, or an ensemble was
+            trained on other data.
         NonFiniteError: If a loss, gradient or score is NaN or infinite; the message names the row.
         ValueError: If a batch has no labels, or a method or setting is unknown.
 
@@ -74,6 +76,11 @@ def attribute(
     for name, dataset in (("train", train_dataset), ("query", query_dataset)):
         kept = used_columns(dataset, model) if remove_unused_columns else dataset
         splits.append(Split(kept, collator, batch_size, name))
+    used_subsets: dict[str, Any] = {}
+    if isinstance(checkpoints, Ensemble):
+        checkpoints.check_trained_on(splits[0])
+        used_subsets = {"used_subsets": checkpoints.used_subsets()}
+        checkpoints = checkpoints.checkpoints
     started = time.perf_counter()
     with _folder(cache_dir) as folder:
         problem = Problem(
@@ -96,6 +103,8 @@ def attribute(
         "measurement": task.measurement_name,
         "task": task.description,
         "checkpoints": [checkpoint.name for checkpoint in problem.checkpoints],
+        "weights": problem.weights,
+        **used_subsets,
         "choices": scored.choices,
         "seconds": time.perf_counter() - started,
     }

@@ -163,10 +163,15 @@ class Problem:
         return compute_features(path, split, gradients, projection, settings, self.device, self.progress)
 
     @functools.cached_property
+    def weights(self) -> list[str]:
+        """A hash of each checkpoint's weights."""
+        return [weights_fingerprint(model) for model, _ in self.models()]
+
+    @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
-        """What scores of this problem belong to: hashes of model, training data, queries and task."""
+        """What scores of this problem belong to: hashes of the weights, training data, queries and task."""
         return {
-            "model": weights_fingerprint(self.model),
+            "model": self.weights[0] if len(self.weights) == 1 else fingerprint(self.weights),
             "train": self.train.fingerprint,
             "query": self.query.fingerprint,
             "task": fingerprint(json.dumps(self.task.description, sort_keys=True)),

@@ -30,7 +30,8 @@ class Subsets(Artefact):
 
     Raises:
         TypeError: `masks` is not boolean.
-        ValueError: It is not `[M, N]` with N of at least 2, or a subset is empty or the whole set.
+        ValueError: It is not `[M, N]` with N of at least 2, or a subset is empty, or the whole set and not made
+            by `whole`.
 
     Example:
         >>> subsets = Subsets.random(num_examples=100, num_subsets=20, fraction=0.5, seed=0)
@@ -54,12 +55,12 @@ class Subsets(Artefact):
                 f"Subsets.masks must be [subsets, examples] with at least 2 examples; its shape is {masks.shape}."
             )
         kept = np.count_nonzero(masks, axis=1)
-        for wrong, name in (
-            (0, "empty: nothing is left to train on"),
-            (masks.shape[1], "the whole training set"),
-        ):
-            if (kept == wrong).any():
-                raise ValueError(f"Subset {int(np.argmax(kept == wrong))} is {name}. Leave it out.")
+        wrong = {0: "empty: nothing is left to train on"}
+        if self.description.get("name") != "whole":
+            wrong[masks.shape[1]] = "the whole training set"
+        for count, name in wrong.items():
+            if (kept == count).any():
+                raise ValueError(f"Subset {int(np.argmax(kept == count))} is {name}. Leave it out.")
         object.__setattr__(self, "masks", freeze(masks, np.bool_))
         object.__setattr__(self, "description", plain_json(self.description, "Subsets.description"))
 
@@ -137,6 +138,22 @@ class Subsets(Artefact):
                 rows = members[group]
                 mask[rows[_smallest(keys[rows], count)]] = True
         return cls(masks, {"name": "stratified", "fraction": fraction, "seed": seed})
+
+    @classmethod
+    def whole(cls, num_examples: int) -> Subsets:
+        """Leave nothing out: one "subset", the whole training set, to train on it again with other seeds.
+
+        Args:
+            num_examples: N, the length of the training set.
+
+        Returns:
+            The whole training set.
+
+        Example:
+            >>> Subsets.whole(3).masks.astype(int).tolist()
+            [[1, 1, 1]]
+        """
+        return cls(np.ones((1, num_examples), dtype=bool), {"name": "whole", "fraction": 1.0})
 
     @classmethod
     def leave_one_out(cls, num_examples: int, indices: Sequence[int] | np.ndarray | None = None) -> Subsets:

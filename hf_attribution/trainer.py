@@ -4,17 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 from torch import nn
 from transformers import Trainer
 
 from hf_attribution.attribution import attribute, trainer_checkpoints
 from hf_attribution.counterfactuals import Counterfactuals, Subsets
 from hf_attribution.data import Split
+from hf_attribution.ensemble import Ensemble
 from hf_attribution.errors import UnsupportedError
 from hf_attribution.methods import Method, get_method
 from hf_attribution.retraining import Recipe, Request, make_plan, run_plan
 from hf_attribution.retraining.recipe import copied, given
+from hf_attribution.retraining.runs import select_rows
 from hf_attribution.scores import Scores
+from hf_attribution.seeds import derive_seed
 from hf_attribution.tasks import Task, infer_task
 
 if TYPE_CHECKING:
@@ -24,14 +28,14 @@ else:
 
 
 class AttributionMixin(_Base):
-    """Adds `attribute` and `retrain` to any Trainer class. Training itself is untouched.
+    """Adds `attribute`, `retrain` and `train_ensemble` to any Trainer class. Training itself is untouched.
 
     Put it first: `class MyAttributionTrainer(AttributionMixin, MyTrainer)`.
 
-    `retrain` builds fresh trainers of the same class. For this the mixin remembers the constructor's arguments, copies
-    of the callbacks among them, and, where there is no `model_init`, a copy of the model before training. The copy
-    costs the model's size in CPU memory once more (45 MB for 11 million float32 parameters); pass `model_init` instead
-    of `model` to save it.
+    The latter two build fresh trainers of the same class. For this the mixin remembers the constructor's arguments,
+    copies of the callbacks among them, and, where there is no `model_init`, a copy of the model before training. The
+    copy costs the model's size in CPU memory once more (45 MB for 11 million float32 parameters); pass `model_init`
+    instead of `model` to save it.
 
     Example:
         >>> class MyAttributionTrainer(AttributionMixin, Trainer):
@@ -66,7 +70,7 @@ class AttributionMixin(_Base):
         query_dataset: Any = None,
         method: str | Method = "trak",
         train_dataset: Any = None,
-        checkpoints: Sequence[str | Path | nn.Module] | None = None,
+        checkpoints: Ensemble | Sequence[str | Path | nn.Module] | None = None,
         task: Task | None = None,
         batch_size: int | None = None,
         cache_dir: str | Path | None = None,
@@ -77,8 +81,9 @@ class AttributionMixin(_Base):
             query_dataset: What to explain: Q rows, preprocessed as for training. By default the `eval_dataset`.
             method: A name in `METHODS`, or a method with settings, `Trak(dim=4096)`.
             train_dataset: The examples to score: N rows. By default the trainer's own.
-            checkpoints: Weights to attribute with, as folders or models. By default the model as it is, or, for
-                methods that follow a training (`"tracin"`), the `checkpoint-*` folders in `args.output_dir`.
+            checkpoints: Weights to attribute with: an ensemble (see `train_ensemble`), folders or models. By default
+                the model as it is, or, for methods that follow a training (`"tracin"`), the `checkpoint-*` folders in
+                `args.output_dir`.
             task: What is learned and measured; by default told from the model's class.
             batch_size: Rows in a batch, by default `args.per_device_eval_batch_size`. It does not change the scores.
             cache_dir: Where projected gradients are kept and found again; by default they are deleted at the end.
@@ -94,7 +99,7 @@ class AttributionMixin(_Base):
             >>> scores.top(k=5)  # doctest: +SKIP
         """
         chosen = get_method(method)
-        sources: Sequence[Any] | None = checkpoints
+        sources: Ensemble | Sequence[Any] | None = checkpoints
         if sources is None and chosen.needs_checkpoints:
             sources = trainer_checkpoints(str(self.args.output_dir))
         return attribute(
@@ -145,7 +150,8 @@ class AttributionMixin(_Base):
             subsets: The subsets, for example `Subsets.stratified(...)`, instead of drawing them.
             task: What is measured (and, with `"fixed"`, learned); by default told from the model's class.
             seed: Base of all random seeds.
-            keep_checkpoints: Keep the final weights of every run, as `output_dir/runs/<subset>-<seed>/`.
+            keep_checkpoints: Keep the final weights of every run, as `output_dir/runs/<subset>-<seed>/`; see
+                `Ensemble.from_retraining`.
 
         Returns:
             The outputs `[M, R, Q]` with subsets and protocol.
@@ -164,8 +170,7 @@ class AttributionMixin(_Base):
             (50, 100)
         """
         if subsets is None:
-            train = Split(_one_dataset(self.train_dataset, "train"), self.data_collator)
-            subsets = Subsets.random(len(train), num_subsets, fraction, seed)
+            subsets = Subsets.random(self._num_examples(), num_subsets, fraction, seed)
         request = Request(
             query_dataset=_one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query"),
             subsets=subsets,
@@ -179,12 +184,80 @@ class AttributionMixin(_Base):
         )
         return run_plan(make_plan(self, self._recipe, request))
 
+    def train_ensemble(
+        self,
+        k: int = 5,
+        fraction: float = 0.5,
+        seed: int = 0,
+        output_dir: str | Path | None = None,
+        subsets: Subsets | None = None,
+        task: Task | None = None,
+    ) -> Ensemble:
+        """Train models to attribute with, each on a random subset of the training data or on all of it.
+
+        A model that has not seen an example has an honest gradient for it (that of a memorised one has vanished), and
+        models trained on subsets of the fraction that is asked about are where that question is put. An ensemble costs
+        `k * fraction` trainings once, and serves all methods and queries.
+
+        The trainings are those of `retrain(keep_checkpoints=True)`, under the same terms: quiet, resumable, and shared
+        by several processes on one folder. A larger `k` adds to what is there. From one `seed` this draws other
+        subsets than `retrain` does, since `evaluate_lds` refuses to score on the subsets that fed a method.
+
+        Args:
+            k: How many models.
+            fraction: The fraction of the training data that each is trained on. With 1.0 they differ in their seeds:
+                in order, dropout and (given `model_init`) initial weights.
+            seed: Base of all random seeds.
+            output_dir: Where the models are kept. By default a folder in `args.output_dir` named after everything that
+                decides the result.
+            subsets: What to train on, a model each, instead of `k` and `fraction`.
+            task: What the model learns, where its class does not tell.
+
+        Returns:
+            The ensemble: pass it as `attribute(checkpoints=...)`.
+
+        Raises:
+            ValueError: If a setting is out of its range.
+            MismatchError: If the folder holds models of other data or another training; the message lists what
+                differs.
+            UnsupportedError: If this training cannot be repeated faithfully, or its model not be saved.
+            NonFiniteError: If a training diverges.
+            OSError: If the folder cannot be written to, or the disk is full; finished models stay.
+
+        Example:
+            >>> ensemble = trainer.train_ensemble(k=5, fraction=0.5)  # doctest: +SKIP
+            >>> scores = trainer.attribute(test, method="trak", checkpoints=ensemble)  # doctest: +SKIP
+        """
+        seed, seeds = derive_seed(seed, "ensemble"), 1
+        if subsets is None and fraction == 1:
+            subsets, seeds = Subsets.whole(self._num_examples()), k
+        elif subsets is None:
+            subsets = Subsets.random(self._num_examples(), k, fraction, seed)
+        request = Request(
+            # Nothing is to be measured; one row shows whether a training has diverged.
+            query_dataset=select_rows(self.train_dataset, np.array([0])),
+            subsets=subsets,
+            seeds=seeds,
+            protocol="resampled",
+            task=task if task is not None else self._task(),
+            task_given=task is not None,
+            seed=seed,
+            output_dir=output_dir,
+            keep_checkpoints=True,
+        )
+        plan = make_plan(self, self._recipe, request)
+        run_plan(plan)
+        return Ensemble.from_retraining(plan.worklist.folder, len(subsets) * seeds)
+
+    def _num_examples(self) -> int:
+        return len(Split(_one_dataset(self.train_dataset, "train"), self.data_collator))
+
     def _task(self) -> Task:
         return infer_task(cast(nn.Module, self.model), label_smoothing=self.args.label_smoothing_factor)
 
 
 class AttributionTrainer(AttributionMixin, Trainer):
-    """The `transformers.Trainer` with `attribute` and `retrain`. It takes the same arguments.
+    """The `transformers.Trainer` with `attribute`, `retrain` and `train_ensemble`. It takes the same arguments.
 
     Example:
         >>> trainer = AttributionTrainer(model=model, args=args, train_dataset=train)  # doctest: +SKIP

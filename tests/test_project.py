@@ -22,6 +22,7 @@ LAYERS = (
     ("curvature",),
     ("problem",),
     ("methods", "replay", "retraining"),
+    ("ensemble",),
     ("attribution",),
     ("trainer", "hub", "report", "workspace"),
     ("demo", "cli"),

@@ -92,6 +92,7 @@ class Act:
         training: Arguments of `TrainingArguments` that make the recipe.
         quick: How much is retrained by default.
         full: How much is retrained for narrow intervals.
+        ensemble: Models in each ensemble to attribute with.
         shown_column: The column of a row that people look at.
         group_column: The column whose counts in a subset explain much of its effect: the label, or the play.
 
@@ -106,6 +107,7 @@ class Act:
     training: Mapping[str, Any]
     quick: Effort
     full: Effort
+    ensemble: int
     shown_column: str
     group_column: str
 
@@ -223,6 +225,7 @@ ACTS: Mapping[str, Act] = MappingProxyType(
             training={"num_train_epochs": 10, "per_device_train_batch_size": 64, "learning_rate": 5e-3},
             quick=Effort(num_subsets=40, seeds=2, num_queries=200),
             full=Effort(num_subsets=200, seeds=5, num_queries=200),
+            ensemble=5,
             shown_column="image",
             group_column="label",
         ),
@@ -233,6 +236,7 @@ ACTS: Mapping[str, Act] = MappingProxyType(
             training={"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 3e-4},
             quick=Effort(num_subsets=16, seeds=2, num_queries=100),
             full=Effort(num_subsets=100, seeds=3, num_queries=200),
+            ensemble=3,
             shown_column="text",
             group_column="label",
         ),
@@ -248,6 +252,7 @@ ACTS: Mapping[str, Act] = MappingProxyType(
             },
             quick=Effort(num_subsets=20, seeds=2, num_queries=100),
             full=Effort(num_subsets=200, seeds=4, num_queries=200),
+            ensemble=5,
             shown_column="text",
             group_column="play",
         ),

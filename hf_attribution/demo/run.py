@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 from rich.console import Console
@@ -23,6 +23,13 @@ from hf_attribution.trainer import AttributionTrainer
 # The method whose examples are shown.
 SHOWN = "trak"
 NUM_SHOWN = 4
+
+
+class Scored(NamedTuple):
+    """Scores, and the seconds they took: those of the trainings of an ensemble, too."""
+
+    scores: Scores
+    seconds: float
 
 
 def run_demo(
@@ -71,18 +78,19 @@ def _play(act: Act, full: bool, folder: Path, seed: int, console: Console) -> No
     console.print(
         f"Trained on {len(material.train)} rows in {training_seconds:.1f} s: {_quality(trainer)}. One training."
     )
-    scores, entries = _attribute(act, trainer, query, folder, console), []
+    scored = _attribute(act, trainer, query, folder, console)
+    scored |= _attribute_with_ensembles(act, trainer, query, folder, seed, console)
     console.print(f"Retraining on {effort.num_subsets} random halves of the rows, {effort.seeds} seeds each.")
     truth = trainer.retrain(
         query, num_subsets=effort.num_subsets, fraction=0.5, seeds=effort.seeds, seed=seed,
         output_dir=folder / f"retraining-{seed}",
     )  # fmt: skip
     truth.save(folder / "counterfactuals.safetensors")
-    for name, found in scores.items():
-        report = evaluate_lds(found, truth, material.train, group_column=act.group_column)
-        seconds = found.provenance["seconds"]
-        entries.append(Entry(name, report, seconds, seconds / training_seconds))
-    _show(act, entries, scores[SHOWN], material, query, folder, console)
+    entries = []
+    for label, (scores, seconds) in scored.items():
+        report = evaluate_lds(scores, truth, material.train, group_column=act.group_column)
+        entries.append(Entry(label, report, seconds, seconds / training_seconds))
+    _show(act, entries, scored[SHOWN].scores, material, query, folder, console)
     _record(act, effort, training_seconds, entries, folder)
 
 
@@ -107,14 +115,29 @@ def _quality(trainer: AttributionTrainer) -> str:
     return f"loss {metrics['eval_loss']:.2f} per token on new rows"
 
 
-def _attribute(act: Act, trainer: AttributionTrainer, query: Any, folder: Path, console: Console) -> dict[str, Scores]:
-    scores = {}
+def _attribute(act: Act, trainer: AttributionTrainer, query: Any, folder: Path, console: Console) -> dict[str, Scored]:
+    scored = {}
     for name in METHODS:
-        found = trainer.attribute(query, method=_method(name, act))
-        found.save(folder / f"{name}.safetensors")
-        console.print(f"  {name}: {found.provenance['seconds']:.1f} s")
-        scores[name] = found
-    return scores
+        scores = trainer.attribute(query, method=_method(name, act))
+        scores.save(folder / f"{name}.safetensors")
+        scored[name] = Scored(scores, scores.provenance["seconds"])
+        console.print(f"  {name}: {scored[name].seconds:.1f} s")
+    return scored
+
+
+def _attribute_with_ensembles(
+    act: Act, trainer: AttributionTrainer, query: Any, folder: Path, seed: int, console: Console
+) -> dict[str, Scored]:
+    """The same method with several models: all trained on all rows, or each on a random half of them."""
+    scored = {}
+    for name, fraction in (("full", 1.0), ("half", 0.5)):
+        ensemble = trainer.train_ensemble(act.ensemble, fraction, seed, folder / f"ensemble-{name}-{seed}")
+        scores = trainer.attribute(query, method=SHOWN, checkpoints=ensemble)
+        scores.save(folder / f"{SHOWN}-{name}.safetensors")
+        label, seconds = f"{SHOWN} ({act.ensemble} {name})", ensemble.provenance["seconds"]
+        scored[label] = Scored(scores, scores.provenance["seconds"] + seconds)
+        console.print(f"  {label}: {scored[label].seconds:.1f} s, {seconds:.1f} s of them for the trainings")
+    return scored
 
 
 def _method(name: str, act: Act) -> str | Method:

@@ -37,11 +37,7 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise ArtefactError(f"{folder} holds retrainings but no manifest.json: choose another output_dir.")
         _write(path, new)
         return
-    try:
-        old = json.loads(path.read_text())
-        known = old["subset_keys"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{path} cannot be read ({error!r}): choose another output_dir.") from error
+    old = read_manifest(folder)
     differences = _differences(old, new)
     if differences:
         raise MismatchError(
@@ -49,8 +45,29 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
             + "\n".join(f"  {line}" for line in differences)
             + "\nGive another output_dir, or put back what was changed."
         )
-    if len(new["subset_keys"]) > len(known):
+    if len(new["subset_keys"]) > len(old["subset_keys"]):
         _write(path, new)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a folder.
+
+    Args:
+        folder: The folder of the retrainings.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ArtefactError: If there is none, or it cannot be read.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+        manifest["subset_keys"]  # of another kind of file there is no such thing
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"{path} cannot be read ({error!r}): choose another output_dir.") from error
+    return manifest
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from hf_attribution.retraining.checks import check_optimizers, check_trainer, ch
 from hf_attribution.retraining.manifest import check_manifest, folder_name
 from hf_attribution.retraining.measuring import measured
 from hf_attribution.retraining.recipe import Recipe
-from hf_attribution.retraining.worklist import Run, WorkList
+from hf_attribution.retraining.worklist import Run, WorkList, keep_subsets
 from hf_attribution.seeds import derive_seed, seeded
 from hf_attribution.tasks import Task
 
@@ -148,6 +148,7 @@ def make_plan(trainer: Trainer, recipe: Recipe, request: Request) -> Plan:
     folder = Path(request.output_dir or Path(str(trainer.args.output_dir), folder_name(manifest)))
     check_writable(folder)
     check_manifest(folder, manifest)
+    keep_subsets(folder, request.subsets)
     worklist = WorkList(folder, request.subsets.keys(), request.seeds, request.keep_checkpoints)
     return Plan(request, trainer, recipe, queries, worklist, fingerprints)
 

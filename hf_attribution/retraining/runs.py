@@ -122,13 +122,14 @@ def train_and_measure(plan: Plan, run: Run) -> tuple[np.ndarray, Trainer]:
 def _build(plan: Plan, run: Run, args: TrainingArguments) -> Trainer:
     subsets, dataset = plan.request.subsets, plan.trainer.train_dataset
     if plan.request.protocol == "resampled":
-        return plan.recipe.build(args, _select(dataset, subsets.indices(run.subset)))
+        return plan.recipe.build(args, select_rows(dataset, subsets.indices(run.subset)))
     trainer = plan.recipe.build(args, dataset, weighted_class(plan.recipe.trainer_class))
     give_weights(trainer, torch.from_numpy(subsets.masks[run.subset].astype(np.float32)), plan.request.task)
     return trainer
 
 
-def _select(dataset: Any, indices: np.ndarray) -> Any:
+def select_rows(dataset: Any, indices: np.ndarray) -> Any:
+    """Rows of any map-style dataset, as one."""
     return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices.tolist())
 
 

@@ -22,8 +22,10 @@ import numpy as np
 
 from hf_attribution.artefacts import read_artefact, write_artefact
 from hf_attribution.errors import ArtefactError, MismatchError
+from hf_attribution.subsets import Subsets
 
 _KIND = "retraining"
+_SUBSETS = "subsets.safetensors"
 STALE_AFTER = 60.0  # seconds without a heartbeat
 
 
@@ -134,6 +136,25 @@ class WorkList:
             over.set()
             heart.join()
             path.unlink(missing_ok=True)
+
+
+def keep_subsets(folder: Path, subsets: Subsets) -> None:
+    """Write down what is trained on, where there is nothing yet or subsets have been added."""
+    path = folder / _SUBSETS
+    if not path.exists() or len(Subsets.load(path)) < len(subsets):
+        subsets.save(path)
+
+
+def read_subsets(folder: Path) -> Subsets:
+    """The subsets that the runs of a folder are trained on."""
+    return Subsets.load(folder / _SUBSETS)
+
+
+def kept_runs(folder: Path) -> list[Run]:
+    """The finished runs of a folder whose final weights are there, a first seed for every subset before a second."""
+    names = [path.stem for path in (folder / "runs").glob("*.safetensors") if path.with_suffix("").is_dir()]
+    runs = [Run(*(int(number) for number in name.split("-"))) for name in names]
+    return sorted(runs, key=lambda run: (run.seed, run.subset))
 
 
 def _acquired(path: Path) -> bool:
