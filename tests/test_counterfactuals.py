@@ -114,6 +114,16 @@ class TestSubsets:
         with pytest.raises(ValueError, match="Subset 0 is the whole training set"):
             Subsets(np.array([[True, True], [True, False]]))
 
+    def test_the_whole_training_set_is_had_by_asking_for_it(self, tmp_path):
+        whole = Subsets.whole(3)
+        assert whole.masks.tolist() == [[True, True, True]]
+        whole.save(tmp_path / "whole.safetensors")
+        assert Subsets.load(tmp_path / "whole.safetensors").fingerprint == whole.fingerprint
+        assert Subsets.from_dataset(whole.to_dataset()).fingerprint == whole.fingerprint
+        assert whole.select([0, 0]).fraction == 1.0
+        with pytest.raises(ValueError, match="Subset 0 is empty"):
+            Subsets(np.array([[False, False]]), {"name": "whole"})
+
     def test_masks_are_shared_and_cannot_be_changed(self):
         masks = np.array([[True, False]])
         subsets = Subsets(masks)
