@@ -4,6 +4,8 @@ An act only describes. `prepare()` reads its data and says how to make its model
 attributing, retraining) goes through the public face, as it would for anybody's own model.
 """
 
+import copy
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,12 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
     TrainingArguments,
     default_data_collator,
+    set_seed,
 )
 
 from hf_attribution.demo.data import load_digits, load_film_reviews, load_shakespeare, minilm_path
@@ -34,6 +40,7 @@ from hf_attribution.demo.models import (
 
 _PLAYS = ("Hamlet", "Henry V", "Romeo and Juliet", "The Merchant of Venice")
 _SHUFFLE_SEED = 0
+_PRETRAINING_SEED = 7
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Material:
     Args:
         train: Training rows: the model's inputs beside columns for human readers.
         held_out: Rows never trained on, in an order that any first k of them represent. Queries are the first.
-        model_init: Makes a model to train; fresh weights are drawn from torch's global generator.
+        model_init: Makes a model to train. Weights that are not pretrained come from torch's global generator.
         data_collator: Makes batches.
         processing_class: The tokenizer, if there is one.
     """
@@ -88,7 +95,7 @@ class Act:
     Args:
         name: Short name, for folders and the command line.
         title: What people read.
-        prepare: Reads the data; takes a second or two.
+        prepare: Reads the data; the language model is also pretrained here. Takes up to ten seconds.
         training: Arguments of `TrainingArguments` that make the recipe.
         quick: How much is retrained by default.
         full: How much is retrained for narrow intervals.
@@ -191,22 +198,51 @@ def _prepare_reviews() -> Material:
 
 
 def _prepare_shakespeare() -> Material:
-    speeches = load_shakespeare(_PLAYS)
+    speeches = load_shakespeare()
     middling = [row for row, text in enumerate(speeches["text"]) if 16 <= len(text.split()) <= 34]
     speeches = speeches.select(middling).shuffle(seed=_SHUFFLE_SEED)
+    others = [row for row, play in enumerate(speeches["play"]) if play not in _PLAYS]
     train, held_out = _split_by_play(speeches, num_train=120, num_held_out=50)
-    tokenizer = train_tokenizer(train["text"], vocab_size=512, max_length=48)
+    tokenizer = train_tokenizer(speeches.select(others)["text"], vocab_size=512, max_length=48)
 
-    def tokenize(rows: dict[str, list[Any]]) -> Any:
-        return tokenizer(rows["text"], truncation=True)
+    def tokenize(rows: Dataset) -> Dataset:
+        return rows.map(lambda batch: tokenizer(batch["text"], truncation=True), batched=True)
 
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    pretrained = _pretrain(tokenizer, tokenize(speeches.select(others)), collator)
     return Material(
-        train=train.map(tokenize, batched=True),
-        held_out=held_out.map(tokenize, batched=True),
-        model_init=lambda: small_gpt2(tokenizer),
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        train=tokenize(train),
+        held_out=tokenize(held_out),
+        model_init=lambda: copy.deepcopy(pretrained),
+        data_collator=collator,
         processing_class=tokenizer,
     )
+
+
+def _pretrain(tokenizer: PreTrainedTokenizerFast, rows: Dataset, collator: Any) -> PreTrainedModel:
+    # From fresh weights, so small a model ends so differently from seed to seed that the effect of a subset
+    # drowns: trainings on the same half did not agree on which halves suit a query.
+    set_seed(_PRETRAINING_SEED)
+    model = small_gpt2(tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=1,
+            per_device_train_batch_size=32,
+            learning_rate=4e-3,
+            weight_decay=0.1,
+            warmup_steps=0.1,
+            data_seed=_PRETRAINING_SEED,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return model.cpu()
 
 
 def _split_by_play(speeches: Dataset, num_train: int, num_held_out: int) -> tuple[Dataset, Dataset]:
@@ -242,15 +278,15 @@ ACTS: Mapping[str, Act] = MappingProxyType(
         ),
         "shakespeare": Act(
             name="shakespeare",
-            title="A small GPT-2 learns Shakespeare",
+            title="A small GPT-2 learns four plays of Shakespeare",
             prepare=_prepare_shakespeare,
             training={
-                "num_train_epochs": 8,
+                "num_train_epochs": 4,
                 "per_device_train_batch_size": 16,
-                "learning_rate": 4e-3,
+                "learning_rate": 2e-3,
                 "weight_decay": 0.1,
             },
-            quick=Effort(num_subsets=20, seeds=2, num_queries=100),
+            quick=Effort(num_subsets=24, seeds=2, num_queries=100),
             full=Effort(num_subsets=200, seeds=4, num_queries=200),
             ensemble=5,
             shown_column="text",
