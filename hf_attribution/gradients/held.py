@@ -1,7 +1,7 @@
 """Gradients of many examples held in memory, each parameter's in the form in which inner products are cheapest."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_attribution.data import Split
 from hf_attribution.gradients.per_example import Gradients, PerExampleGradients
-from hf_attribution.gradients.terms import Term, inner_products, join, squared_norms
+from hf_attribution.gradients.terms import Term, dense, inner_products, join, squared_norms
 
 Segment = tuple[slice, list[Term]]
 
@@ -45,6 +45,22 @@ class Held:
             for rows, terms in self.segments[name]:
                 for columns, other_terms in other.segments[name]:
                     total[rows, columns] += inner_products(terms, other_terms)
+        return total
+
+    def flat(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The gradients as plain vectors, `[n, P]`.
+
+        Args:
+            parameters: The parameters, in the order in which they follow each other.
+
+        Returns:
+            The gradients; 0 for parameters that the values do not depend on.
+        """
+        sizes = [parameter.numel() for parameter in parameters.values()]
+        total = self.values.new_zeros(len(self), sum(sizes))
+        for name, part in zip(parameters, total.split(sizes, dim=1), strict=True):
+            for rows, terms in self.segments.get(name, ()):
+                part[rows] = dense(terms)
         return total
 
     def norms(self) -> Tensor:
