@@ -118,6 +118,7 @@ def test_every_solver_of_every_curvature_equals_brute_force(network, curvature, 
 def test_what_fits_in_memory_does_not_change_a_score(network, curvature, monkeypatch):
     expected = {solver: run(network, Influence(curvature, solver, 3.0)).values for solver in ("dual", "cg")}
     monkeypatch.setattr(products, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(products, "TILE_BYTES", 500)
     monkeypatch.setattr(operators, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(operators, "ROWS_BYTES", 1000)
     for solver, values in expected.items():

@@ -245,8 +245,8 @@ def _refuse_indefinite(curvature: Tensor, directions: Tensor) -> None:
 def _refuse_unconverged(solver: str, solution: Solution, tolerance: float) -> None:
     if not solution.residual <= tolerance:
         raise ConvergenceError(
-            f"{solver} reached a relative residual of {solution.residual:.2g} in {solution.iterations} iterations, not "
-            f"{tolerance:.2g}: raise the damping, max_iterations or the tolerance."
+            f"{solver} reached a relative residual of {solution.residual:.2g} in {solution.iterations} iterations, "
+            f"not {tolerance:.2g}: raise the damping, max_iterations or the tolerance."
         )
 
 

@@ -15,6 +15,9 @@ from hf_attribution.gradients.per_example import PerExampleGradients, refuse_non
 # Bytes that the gradients of a block of rows may take; all other data are read once per block.
 BLOCK_BYTES = 2**30
 
+# Of a block, what is multiplied at once: a kernel is symmetric, and half of its tiles need not be computed.
+TILE_BYTES = 2**26
+
 
 def gradient_products(
     queries: PerExampleGradients,
@@ -43,14 +46,15 @@ def gradient_products(
     stream = Source(queries, query_split).batches()
     with tqdm(desc="gradient products", unit="rows", leave=False, disable=not progress) as bar:
         while block := _take_block(stream):
-            norms = block.norms() if normalize else None
+            norms = [tile.norms() if normalize else None for tile in block]
             for batch in Source(train, train_split).batches():
-                products = block.products(batch)
-                if norms is not None:
-                    lengths = norms[:, None] * batch.norms()
-                    products = products / lengths.clamp(min=torch.finfo(products.dtype).tiny)
-                refuse_non_finite(products.T, batch.indices, "An inner product with the gradient")
-                scores[np.ix_(block.indices.numpy(), batch.indices.numpy())] = products.cpu().numpy()
+                for tile, lengths in zip(block, norms, strict=True):
+                    products = tile.products(batch)
+                    if lengths is not None:
+                        both = lengths[:, None] * batch.norms()
+                        products = products / both.clamp(min=torch.finfo(products.dtype).tiny)
+                    refuse_non_finite(products.T, batch.indices, "An inner product with the gradient")
+                    scores[np.ix_(tile.indices.numpy(), batch.indices.numpy())] = products.cpu().numpy()
                 bar.update(len(batch))
     return scores
 
@@ -75,21 +79,31 @@ def gradient_kernel(rows: Sequence[Source], queries: Source, progress: bool = Tr
         while not done.all():
             stream = _positioned(rows, done)
             block = _take_block(stream)
-            assert block is not None
-            products = block.products(block)
-            refuse_non_finite(products.diagonal(), block.indices % len(rows[0].split), "The squared length of a gradient")
-            kernel[block.indices[:, None], block.indices] = products.cpu()
-            done[block.indices] = True
+            for number, tile in enumerate(block):
+                for other in block[number:]:
+                    _fill(kernel, tile, other)
+                refuse_non_finite(
+                    kernel[tile.indices, tile.indices],
+                    tile.indices % len(rows[0].split),
+                    "The squared length of a gradient",
+                )
+                done[tile.indices] = True
+                bar.update(len(tile))
             for batch in stream:
-                products = block.products(batch).cpu()
-                kernel[block.indices[:, None], batch.indices] = products
-                kernel[batch.indices[:, None], block.indices] = products.T
+                for tile in block:
+                    _fill(kernel, tile, batch)
             for batch in queries.batches():
-                products = batch.products(block)
-                refuse_non_finite(products, batch.indices, "An inner product with the gradient of the query")
-                cross[batch.indices[:, None], block.indices] = products.cpu()
-            bar.update(len(block))
+                for tile in block:
+                    products = batch.products(tile)
+                    refuse_non_finite(products, batch.indices, "An inner product with the gradient of the query")
+                    cross[batch.indices[:, None], tile.indices] = products.cpu()
     return kernel, cross
+
+
+def _fill(kernel: Tensor, one: Held, other: Held) -> None:
+    products = one.products(other).cpu()
+    kernel[one.indices[:, None], other.indices] = products
+    kernel[other.indices[:, None], one.indices] = products.T
 
 
 def feature_products(queries: FeatureStore, train: FeatureStore, normalize: bool = False) -> np.ndarray:
@@ -103,16 +117,21 @@ def feature_products(queries: FeatureStore, train: FeatureStore, normalize: bool
     return scores
 
 
-def _take_block(stream: Iterator[Held]) -> Held | None:
-    """As many batches as fit in a block; `None` at the end."""
+def _take_block(stream: Iterator[Held]) -> list[Held]:
+    """As many batches as fit in a block, in tiles; empty at the end."""
+    tiles: list[Held] = []
     parts: list[Held] = []
-    num_bytes = 0
+    held = tile = 0
     for batch in stream:
         parts.append(batch)
-        num_bytes += batch.num_bytes
-        if num_bytes + batch.num_bytes > BLOCK_BYTES:
-            break
-    return concatenate(parts) if parts else None
+        held, tile = held + batch.num_bytes, tile + batch.num_bytes
+        full = held + batch.num_bytes > BLOCK_BYTES
+        if full or tile + batch.num_bytes > TILE_BYTES:
+            tiles.append(concatenate(parts))
+            parts, tile = [], 0
+        if full:
+            return tiles
+    return [*tiles, concatenate(parts)] if parts else tiles
 
 
 def _positioned(rows: Sequence[Source], done: np.ndarray) -> Iterator[Held]:

@@ -93,7 +93,8 @@ def inner_products(left: Sequence[Term], right: Sequence[Term]) -> Tensor:
     """
     if _is_rank_one(left) and _is_rank_one(right):
         (one,), (other,) = left, right
-        assert isinstance(one, Outer) and isinstance(other, Outer)
+        assert isinstance(one, Outer)
+        assert isinstance(other, Outer)
         return (one.left[:, 0] @ other.left[:, 0].T) * (one.right[:, 0] @ other.right[:, 0].T)
     if not (is_large_table(left) and is_large_table(right)):
         return dense(left) @ dense(right).T

@@ -77,7 +77,8 @@ class Influence(Method):
         known = {"curvature": CURVATURES, "solver": SOLVERS, "normalize": (None, "self_influence")}
         for setting, choices in known.items():
             if getattr(self, setting) not in choices:
-                raise ValueError(f"{setting} must be one of {', '.join(map(str, choices))}, not {self.__dict__[setting]}.")
+                names = ", ".join(map(str, choices))
+                raise ValueError(f"{setting} must be one of {names}, not {getattr(self, setting)}.")
         if self.damping != "auto" and not float(self.damping) > 0:
             raise ValueError(f"damping must be positive (the curvature can be singular), not {self.damping}.")
         if isinstance(self.dim, int) and (self.curvature != "fisher" or self.solver not in ("auto", "dual")):
@@ -114,7 +115,7 @@ class _Linearised:
 
     def score(self) -> tuple[np.ndarray, dict[str, Any]]:
         """Values `[Q, N]`, and what was chosen."""
-        note: dict[str, Any] = {"modules": list(self.modules)} if self.method.last_layer else {}
+        note: dict[str, Any] = {"modules": list(self.modules or ())} if self.method.last_layer else {}
         if self._dim is not None:
             values, ridge = self._projected(self._dim)
             return values, {**note, "solver": "dual", "dim": self._dim, "lambda": ridge}
@@ -135,11 +136,11 @@ class _Linearised:
         """The rows of which H is the Gram matrix."""
         if self.method.curvature == "fisher":
             return [self.gains]
-        task = self.problem.task
-        return [
-            self._source(lambda model, batch, k=k: task.curvature_rows(model, batch)[0][:, k])
-            for k in range(self._rows_per_example)
-        ]
+
+        def row(number: int, model: nn.Module, batch: Batch) -> Tensor:
+            return self.problem.task.curvature_rows(model, batch)[0][:, number]
+
+        return [self._source(functools.partial(row, number)) for number in range(self._rows_per_example)]
 
     @functools.cached_property
     def _rows_per_example(self) -> int:
