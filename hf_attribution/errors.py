@@ -15,3 +15,7 @@ class NonFiniteError(ArithmeticError):
 
 class UnsupportedError(ValueError):
     """What was asked cannot be done correctly for this model, data or setting."""
+
+
+class ConvergenceError(ArithmeticError):
+    """An iterative solver did not reach its tolerance. The message names the residual it reached."""

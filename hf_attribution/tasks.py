@@ -120,6 +120,25 @@ class Task:
         """This task measuring the correct-class margin, where an example is one prediction; else `None`."""
         return None
 
+    def curvature_rows(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Values whose gradients r make up the Gauss-Newton matrix of the losses, `Σ_ik r_ik r_ikᵀ`.
+
+        Args:
+            model: The model.
+            batch: What the data collator returned.
+
+        Returns:
+            The K values of each example, `[B, K]`, and the coefficients `[B, K]` with which their gradients add up to
+            the gradient of its gain.
+
+        Raises:
+            UnsupportedError: If the task has none in closed form.
+        """
+        raise UnsupportedError(
+            f"There is no closed form of the Gauss-Newton matrix for {self.name} (an example has too many outputs, or "
+            "the task is your own): use curvature='fisher'."
+        )
+
     def labels(self, dataset: Any) -> np.ndarray | None:
         """The class of each row of a dataset, `[N]` integers, or `None` where rows have no class."""
         return None
@@ -207,6 +226,17 @@ class Classification(PredictionTask):
         """The class of each row, from the column `labels` or `label`: `[N]` integers."""
         return label_column(dataset)
 
+    def curvature_rows(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`√p log p` of every class, p held fixed: cross-entropy has the curvature `diag(p) - p pᵀ` in the logits."""
+        logits, targets = self._logits(model, batch), self._targets(batch)
+        self._losses(logits.detach(), targets)  # refuses what is no classification
+        log_p = logits.log_softmax(-1)
+        # A class of probability e⁻³⁰ curves nothing, and its coefficient would be lost in rounding.
+        roots = (log_p.detach().clamp(min=-30) / 2).exp()
+        smoothed = torch.full_like(roots, self.label_smoothing / roots.shape[1])
+        smoothed.scatter_add_(1, targets[:, None], torch.full_like(roots[:, :1], 1 - self.label_smoothing))
+        return roots * log_p, smoothed / roots
+
     def _aligned(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if logits.ndim != 2 or targets.ndim != 1 or targets.is_floating_point():
             raise UnsupportedError(
@@ -222,6 +252,13 @@ class Regression(Task):
 
     name: ClassVar[str] = "regression"
     measures: ClassVar[tuple[str, ...]] = ("loss", "negative_loss", "logit")
+
+    def curvature_rows(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The outputs, times the root of the loss' second derivative."""
+        outputs = self._logits(model, batch).flatten(1)
+        targets = self._targets(batch).to(outputs.dtype).reshape(outputs.shape)
+        root = (2 / outputs.shape[1]) ** 0.5
+        return root * outputs, root * (targets - outputs.detach())
 
     def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         targets = targets.to(logits.dtype).reshape(logits.shape)

@@ -1,6 +1,6 @@
 """Inner products between the gradients of queries and of training examples: exact, or from stored projections."""
 
-import dataclasses
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -9,31 +9,14 @@ from tqdm.auto import tqdm
 
 from hf_attribution.data import Split
 from hf_attribution.gradients.features import FeatureStore
-from hf_attribution.gradients.per_example import Gradients, PerExampleGradients, refuse_non_finite
-from hf_attribution.gradients.terms import dense, inner_products, is_large_table, squared_norms
+from hf_attribution.gradients.held import Held, Source, concatenate
+from hf_attribution.gradients.per_example import PerExampleGradients, refuse_non_finite
 
-# Bytes that the gradients of a block of queries may take; the training data are read once per block.
-QUERY_BLOCK_BYTES = 2**30
+# Bytes that the gradients of a block of rows may take; all other data are read once per block.
+BLOCK_BYTES = 2**30
 
-
-@dataclasses.dataclass(frozen=True)
-class _Block:
-    """Gradients of some queries: one matrix per parameter, or, for vocabulary-sized tables, the factors."""
-
-    matrices: dict[str, Tensor]
-    batches: list[Gradients]
-    norms: Tensor
-
-    def products(self, train: Gradients) -> Tensor:
-        """Inner products with a batch of training gradients: `[queries, B]`."""
-        total = self.norms.new_zeros(len(self.norms), len(train.indices))
-        for name, terms in train.terms.items():
-            if name in self.matrices:
-                total += self.matrices[name] @ dense(terms).T
-            else:
-                of_table = [inner_products(batch.terms[name], terms) for batch in self.batches if name in batch.terms]
-                total += torch.cat(of_table) if of_table else 0
-        return total
+# Of a block, what is multiplied at once: a kernel is symmetric, and half of its tiles need not be computed.
+TILE_BYTES = 2**26
 
 
 def gradient_products(
@@ -60,20 +43,67 @@ def gradient_products(
         float32 `[Q, N]`. A cosine with a zero gradient is 0.
     """
     scores = np.zeros((len(query_split), len(train_split)), dtype=np.float32)
-    block: list[Gradients] = []
-    rows = 0
-    size = max(1, QUERY_BLOCK_BYTES // (4 * queries.num_parameters))
-    batches = len(train_split) * -(-len(query_split) // size)
-    with tqdm(total=batches, unit="rows", desc="gradient products", leave=False, disable=not progress) as bar:
-        for batch in query_split.batches():
-            block.append(queries(batch.to(queries.device)))
-            rows += len(batch.indices)
-            if rows >= size:
-                _score_block(scores, block, train, train_split, normalize, bar)
-                block, rows = [], 0
-        if block:
-            _score_block(scores, block, train, train_split, normalize, bar)
+    stream = Source(queries, query_split).batches()
+    with tqdm(desc="gradient products", unit="rows", leave=False, disable=not progress) as bar:
+        while block := _take_block(stream):
+            norms = [tile.norms() if normalize else None for tile in block]
+            for batch in Source(train, train_split).batches():
+                for tile, lengths in zip(block, norms, strict=True):
+                    products = tile.products(batch)
+                    if lengths is not None:
+                        both = lengths[:, None] * batch.norms()
+                        products = products / both.clamp(min=torch.finfo(products.dtype).tiny)
+                    refuse_non_finite(products.T, batch.indices, "An inner product with the gradient")
+                    scores[np.ix_(tile.indices.numpy(), batch.indices.numpy())] = products.cpu().numpy()
+                bar.update(len(batch))
     return scores
+
+
+def gradient_kernel(rows: Sequence[Source], queries: Source, progress: bool = True) -> tuple[Tensor, Tensor]:
+    """Exact inner products of all gradients of some sources with each other, and with those of queries.
+
+    Rows are taken in blocks that fit in memory; for each, the rows after it and the queries are read once.
+
+    Args:
+        rows: Sources with n rows in all, on the same model.
+        queries: The queries' gradients.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        float32 `[n, n]` and `[Q, n]`, in the order of the sources and of their datasets' rows.
+    """
+    size = sum(len(source.split) for source in rows)
+    kernel, cross = torch.zeros(size, size), torch.zeros(len(queries.split), size)
+    done = np.zeros(size, dtype=bool)
+    with tqdm(total=size, desc="gradient kernel", unit="rows", leave=False, disable=not progress) as bar:
+        while not done.all():
+            stream = _positioned(rows, done)
+            block = _take_block(stream)
+            for number, tile in enumerate(block):
+                for other in block[number:]:
+                    _fill(kernel, tile, other)
+                refuse_non_finite(
+                    kernel[tile.indices, tile.indices],
+                    tile.indices % len(rows[0].split),
+                    "The squared length of a gradient",
+                )
+                done[tile.indices] = True
+                bar.update(len(tile))
+            for batch in stream:
+                for tile in block:
+                    _fill(kernel, tile, batch)
+            for batch in queries.batches():
+                for tile in block:
+                    products = batch.products(tile)
+                    refuse_non_finite(products, batch.indices, "An inner product with the gradient of the query")
+                    cross[batch.indices[:, None], tile.indices] = products.cpu()
+    return kernel, cross
+
+
+def _fill(kernel: Tensor, one: Held, other: Held) -> None:
+    products = one.products(other).cpu()
+    kernel[one.indices[:, None], other.indices] = products
+    kernel[other.indices[:, None], one.indices] = products.T
 
 
 def feature_products(queries: FeatureStore, train: FeatureStore, normalize: bool = False) -> np.ndarray:
@@ -87,41 +117,28 @@ def feature_products(queries: FeatureStore, train: FeatureStore, normalize: bool
     return scores
 
 
-def _score_block(
-    scores: np.ndarray,
-    batches: list[Gradients],
-    train: PerExampleGradients,
-    train_split: Split,
-    normalize: bool,
-    bar: tqdm,
-) -> None:
-    block = _make_block(batches, normalize)
-    rows = torch.cat([batch.indices for batch in batches]).numpy()
-    for batch in train_split.batches():
-        gradients = train(batch.to(train.device))
-        products = block.products(gradients)
-        if normalize:
-            products = products / (block.norms[:, None] * _norms(gradients)).clamp(
-                min=torch.finfo(products.dtype).tiny
-            )
-        refuse_non_finite(products.T, batch.indices, "An inner product with the gradient")
-        scores[np.ix_(rows, batch.indices.numpy())] = products.cpu().numpy()
-        bar.update(len(batch.indices))
+def _take_block(stream: Iterator[Held]) -> list[Held]:
+    """As many batches as fit in a block, in tiles; empty at the end."""
+    tiles: list[Held] = []
+    parts: list[Held] = []
+    held = tile = 0
+    for batch in stream:
+        parts.append(batch)
+        held, tile = held + batch.num_bytes, tile + batch.num_bytes
+        full = held + batch.num_bytes > BLOCK_BYTES
+        if full or tile + batch.num_bytes > TILE_BYTES:
+            tiles.append(concatenate(parts))
+            parts, tile = [], 0
+        if full:
+            return tiles
+    return [*tiles, concatenate(parts)] if parts else tiles
 
 
-def _make_block(batches: list[Gradients], normalize: bool) -> _Block:
-    names = {name for batch in batches for name in batch.terms}
-    tables = {n for n in names if any(n in batch.terms and is_large_table(batch.terms[n]) for batch in batches)}
-    matrices = {}
-    for name in names - tables:
-        size = next(dense(batch.terms[name]).shape[1] for batch in batches if name in batch.terms)
-        matrices[name] = torch.cat([
-            dense(b.terms[name]) if name in b.terms else b.values.new_zeros(len(b.indices), size) for b in batches
-        ])  # fmt: skip
-    norms = torch.cat([_norms(batch) if normalize else torch.ones_like(batch.values) for batch in batches])
-    kept = [dataclasses.replace(b, terms={n: t for n, t in b.terms.items() if n in tables}) for b in batches]
-    return _Block(matrices, kept, norms)
-
-
-def _norms(gradients: Gradients) -> Tensor:
-    return torch.stack([squared_norms(terms) for terms in gradients.terms.values()]).sum(0).sqrt()
+def _positioned(rows: Sequence[Source], done: np.ndarray) -> Iterator[Held]:
+    """The batches of all sources that are not done, with positions among all rows."""
+    start = 0
+    for source in rows:
+        stop = start + len(source.split)
+        for batch in source.batches(done[start:stop].copy()):
+            yield Held(batch.indices + start, batch.values, batch.segments)
+        start = stop

@@ -91,6 +91,11 @@ def inner_products(left: Sequence[Term], right: Sequence[Term]) -> Tensor:
     Returns:
         `[B, B']`.
     """
+    if _is_rank_one(left) and _is_rank_one(right):
+        (one,), (other,) = left, right
+        assert isinstance(one, Outer)
+        assert isinstance(other, Outer)
+        return (one.left[:, 0] @ other.left[:, 0].T) * (one.right[:, 0] @ other.right[:, 0].T)
     if not (is_large_table(left) and is_large_table(right)):
         return dense(left) @ dense(right).T
     # Example by example on the left: all pairs of positions of all pairs of examples would not fit.
@@ -104,6 +109,10 @@ def inner_products(left: Sequence[Term], right: Sequence[Term]) -> Tensor:
 
 def squared_norms(terms: Sequence[Term]) -> Tensor:
     """Squared norm of each example's gradient, for one parameter: `[B]`."""
+    if _is_rank_one(terms):
+        (term,) = terms
+        assert isinstance(term, Outer)
+        return term.left.square().sum((1, 2)) * term.right.square().sum((1, 2))
     if not is_large_table(terms):
         return dense(terms).square().sum(1)
     examples = [[_example(term, b) for term in terms] for b in range(len(terms[0]))]
@@ -113,6 +122,28 @@ def squared_norms(terms: Sequence[Term]) -> Tensor:
 def is_large_table(terms: Sequence[Term]) -> bool:
     """Whether these are gradients of a vocabulary-sized table, which are never formed."""
     return any(isinstance(term, Lookup) and term.rows * term.right.shape[-1] > _LARGE_TABLE for term in terms)
+
+
+def join(batches: Sequence[Sequence[Term]]) -> list[list[Term]]:
+    """One parameter's gradients of several batches, held in the form in which inner products are cheapest.
+
+    Args:
+        batches: The terms of each batch.
+
+    Returns:
+        The terms of all examples as of one batch; those of tables, which are never formed, batch by batch still.
+    """
+    if any(is_large_table(terms) for terms in batches):
+        return [list(terms) for terms in batches]
+    if all(_is_rank_one(terms) for terms in batches):
+        factors = [terms[0] for terms in batches]
+        return [[Outer(*(torch.cat([getattr(f, side) for f in factors]) for side in ("left", "right")))]]
+    return [[Dense(torch.cat([dense(terms) for terms in batches]))]]
+
+
+def _is_rank_one(terms: Sequence[Term]) -> bool:
+    """Whether each gradient is a single outer product: a linear layer that sees one position per example."""
+    return len(terms) == 1 and isinstance(terms[0], Outer) and terms[0].left.shape[1] == 1
 
 
 # Entries of an embedding table from which on one dense gradient per example costs more than the factors' products.

@@ -7,7 +7,9 @@ from typing import Any
 from hf_attribution.methods.base import Method, Scored
 from hf_attribution.methods.grad_cos import GradCos
 from hf_attribution.methods.grad_dot import GradDot
+from hf_attribution.methods.influence import Influence
 from hf_attribution.methods.label_match import LabelMatch
+from hf_attribution.methods.logra import LoGra
 from hf_attribution.methods.random import Random
 from hf_attribution.methods.representation_similarity import RepresentationSimilarity
 from hf_attribution.methods.tracin import TracIn
@@ -22,7 +24,20 @@ class _Methods(dict[str, type[Method]]):
 
 
 METHODS: dict[str, type[Method]] = _Methods(
-    {method.name: method for method in (Random, LabelMatch, RepresentationSimilarity, GradDot, GradCos, TracIn, Trak)}
+    {
+        method.name: method
+        for method in (
+            Random,
+            LabelMatch,
+            RepresentationSimilarity,
+            GradDot,
+            GradCos,
+            TracIn,
+            Trak,
+            LoGra,
+            Influence,
+        )
+    }
 )
 
 
@@ -58,7 +73,9 @@ __all__ = [
     "METHODS",
     "GradCos",
     "GradDot",
+    "Influence",
     "LabelMatch",
+    "LoGra",
     "Method",
     "Random",
     "RepresentationSimilarity",

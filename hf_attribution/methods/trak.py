@@ -5,9 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from hf_attribution.gradients.features import FeatureStore
+from hf_attribution.curvature.ridge import ridge_scores
 from hf_attribution.gradients.projections import Projection
 from hf_attribution.methods.base import Method, Scored
 from hf_attribution.problem import Problem
@@ -59,36 +58,3 @@ class Trak(Method):
                 other_classes += share * torch.sigmoid(-torch.from_numpy(train.values)).numpy()
         values = fitted if margins is None else fitted * other_classes
         return Scored(values, {"damping": damping})
-
-
-def ridge_scores(query: FeatureStore, train: FeatureStore, damping: float) -> np.ndarray:
-    """`φ(query) (ΦᵀΦ + λI)⁻¹ Φᵀ` with λ = damping times the mean squared norm of Φ's rows: float32 `[Q, N]`.
-
-    Args:
-        query: Features of Q queries.
-        train: Features Φ of N training examples.
-        damping: In units of the features' mean squared norm.
-
-    Returns:
-        Scores, computed in blocks of training examples; beside them only `[dim, dim]` and `[Q, dim]` are held.
-    """
-    queries = torch.cat([block for _, block in query.blocks()])
-    if len(train) <= train.dim:
-        # The same by Woodbury's identity, with the smaller kernel: φ Φᵀ (ΦΦᵀ + λI)⁻¹.
-        features = torch.cat([block for _, block in train.blocks()])
-        return _solve(features @ features.T, damping, len(train), (queries @ features.T)).numpy()
-    kernel = torch.zeros(train.dim, train.dim, dtype=torch.float64)
-    for _, block in train.blocks():
-        kernel += block.T @ block
-    solved = _solve(kernel, damping, len(train), queries)
-    scores = np.empty((len(query), len(train)), dtype=np.float32)
-    for where, block in train.blocks():
-        scores[:, where] = (solved @ block.T).numpy()
-    return scores
-
-
-def _solve(kernel: Tensor, damping: float, num_examples: int, queries: Tensor) -> Tensor:
-    """`queries (kernel + λI)⁻¹` in double precision: λ is small beside the kernel's largest eigenvalues."""
-    kernel = kernel.double()
-    ridge = damping * kernel.trace() / num_examples * torch.eye(len(kernel), dtype=kernel.dtype)
-    return torch.cholesky_solve(queries.T.double(), torch.linalg.cholesky(kernel + ridge)).T.float()

@@ -1,0 +1,1 @@
+"""Curvature: solvers and operators shared by influence functions and their approximations."""
