@@ -16,11 +16,10 @@ from transformers.models.auto import modeling_auto
 
 from hf_attribution.errors import MismatchError, UnsupportedError
 from hf_attribution.inputs import accepts, unwrap, with_positions
+from hf_attribution.logits import IGNORE_INDEX, margins, picked, refuse_unknown_classes, token_sum
 
 Batch = Mapping[str, Any]
 Measure = str | Callable[[nn.Module, Batch], Tensor]
-
-IGNORE_INDEX = -100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,26 +185,26 @@ class PredictionTask(Task):
 
     def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         logits, targets = self._aligned(logits, targets)
-        _refuse_unknown_classes(targets, logits.shape[-1])
-        losses = _token_sum(-_picked(logits.log_softmax(-1), targets), targets)
+        refuse_unknown_classes(targets, logits.shape[-1])
+        losses = token_sum(-picked(logits.log_softmax(-1), targets), targets)
         if self.label_smoothing:
-            uniform = _token_sum(-logits.log_softmax(-1).mean(-1), targets)
+            uniform = token_sum(-logits.log_softmax(-1).mean(-1), targets)
             losses = (1 - self.label_smoothing) * losses + self.label_smoothing * uniform
         return losses
 
     def _measure(self, measure: str, logits: Tensor, targets: Tensor) -> Tensor:
         kind, _, which = measure.partition(":")
         logits, targets = self._aligned(logits, targets)
-        _refuse_unknown_classes(targets, logits.shape[-1])
+        refuse_unknown_classes(targets, logits.shape[-1])
         if which and int(which) >= logits.shape[-1]:
             raise MismatchError(f"The measurement is {measure} but the model has {logits.shape[-1]} classes.")
         if kind == "logit":
-            values = logits[..., int(which)] if which else _picked(logits, targets)
+            values = logits[..., int(which)] if which else picked(logits, targets)
         elif kind == "log_probability":
-            values = _picked(logits.log_softmax(-1), targets)
+            values = picked(logits.log_softmax(-1), targets)
         else:
-            values = _margins(logits, targets)
-        return _token_sum(values, targets)
+            values = margins(logits, targets)
+        return token_sum(values, targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -410,27 +409,3 @@ def _classification_or_regression(model: nn.Module) -> type[Task]:
     if problem == "regression" or (problem is None and getattr(config, "num_labels", None) == 1):
         return Regression
     return Classification
-
-
-def _refuse_unknown_classes(targets: Tensor, num_classes: int) -> None:
-    unknown = targets[(targets != IGNORE_INDEX) & ((targets < 0) | (targets >= num_classes))]
-    if len(unknown):
-        raise MismatchError(
-            f"A label is {int(unknown[0])} but the model has {num_classes} classes, 0 to {num_classes - 1}: "
-            f"set `num_labels`, or leave out rows without a label ({IGNORE_INDEX} on a token ignores it)."
-        )
-
-
-def _token_sum(values: Tensor, targets: Tensor) -> Tensor:
-    return values.masked_fill(targets == IGNORE_INDEX, 0.0).sum(-1)
-
-
-def _picked(scores: Tensor, targets: Tensor) -> Tensor:
-    return scores.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-
-
-def _margins(logits: Tensor, targets: Tensor) -> Tensor:
-    """The log-odds of the target against all other classes: `log p / (1 - p)`, without forming `1 - p`."""
-    index = targets.clamp(min=0)[..., None]
-    others = logits.scatter(-1, index, float("-inf")).logsumexp(-1)
-    return logits.gather(-1, index)[..., 0] - others

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from hf_attribution.data import Batch
 from hf_attribution.errors import NonFiniteError, UnsupportedError
 from hf_attribution.gradients import terms as term_module
-from hf_attribution.gradients.per_example import PerExampleGradients, chosen_parameters
+from hf_attribution.gradients.checks import chosen_parameters
+from hf_attribution.gradients.per_example import PerExampleGradients
 from hf_attribution.gradients.rules import by_example
 from hf_attribution.gradients.terms import Dense, Lookup, Outer, dense, inner_products, squared_norms
 from hf_attribution.tasks import Classification, infer_task

@@ -17,7 +17,7 @@ LAYERS = (
     ("errors", "seeds", "seals", "metric_cache", "arguments"),
     ("artefacts", "scores", "subsets", "counterfactuals", "provenance", "reliability", "rows"),
     ("evaluation", "splits", "preprocessing"),
-    ("inputs", "tasks", "data"),
+    ("inputs", "logits", "tasks", "data"),
     ("gradients",),
     ("curvature",),
     ("problem",),

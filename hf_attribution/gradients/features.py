@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from hf_attribution.data import Split
 from hf_attribution.errors import ArtefactError, MismatchError
-from hf_attribution.gradients.per_example import PerExampleGradients, refuse_non_finite
+from hf_attribution.gradients.checks import refuse_non_finite
+from hf_attribution.gradients.per_example import PerExampleGradients
 from hf_attribution.gradients.projections import Projection
 
 SCHEMA_VERSION = 1

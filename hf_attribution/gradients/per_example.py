@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
-import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ from transformers.utils import logging
 
 from hf_attribution.data import Batch
 from hf_attribution.errors import NonFiniteError, UnsupportedError
+from hf_attribution.gradients.checks import chosen_parameters, refuse_batch_statistics, refuse_non_finite
 from hf_attribution.gradients.rules import Call, Rule, by_example, output_tensors, rule_for, shared_arguments
 from hf_attribution.gradients.terms import Dense, Term, dense
 
@@ -277,82 +276,3 @@ def _with_gradients(calls: list[tuple[Call, list[Any]]], values: Tensor) -> Iter
         gradients = [None if edge is None else next(found) for edge in call_edges]
         if any(gradient is not None for gradient in gradients):
             yield dataclasses.replace(call, output_gradients=gradients)
-
-
-def chosen_parameters(model: nn.Module, modules: Sequence[str] | None) -> dict[str, nn.Parameter]:
-    """The trainable parameters of the modules whose names match.
-
-    Args:
-        model: The model.
-        modules: `fnmatch` patterns; a parameter is kept if one matches its name or the name of a module around it.
-            `None` keeps all.
-
-    Returns:
-        Parameters by name, tied ones once.
-
-    Raises:
-        ValueError: If a pattern matches no trainable parameter.
-        UnsupportedError: If nothing is trainable.
-
-    Example:
-        >>> layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-        >>> list(chosen_parameters(layers, ["1"]))
-        ['1.weight', '1.bias']
-    """
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not trainable:
-        raise UnsupportedError(f"{type(model).__name__} has no trainable parameter: set requires_grad on some.")
-    if modules is None:
-        return trainable
-    if isinstance(modules, str):
-        modules = [modules]
-    canonical = {id(parameter): name for name, parameter in trainable.items()}
-    # A tied weight answers to each of its names.
-    names = {name: canonical.get(id(p)) for name, p in model.named_parameters(remove_duplicate=False)}
-    matched = {pattern: {names[name] for name in names if _matches(name, pattern)} - {None} for pattern in modules}
-    for pattern, found in matched.items():
-        if not found:
-            owners = sorted({name.rpartition(".")[0] for name in trainable})
-            close = difflib.get_close_matches(pattern, owners, n=3, cutoff=0.3) or owners[-3:]
-            raise ValueError(f"modules={pattern!r} matches no trainable parameter. Close names: {', '.join(close)}.")
-    kept = set().union(*matched.values())
-    return {name: parameter for name, parameter in trainable.items() if name in kept}
-
-
-def refuse_batch_statistics(model: nn.Module) -> None:
-    """Refuse a model whose normalisation mixes the examples of a batch.
-
-    Args:
-        model: The model.
-
-    Raises:
-        UnsupportedError: If a batch normalisation is in training mode; the message names it.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            raise UnsupportedError(
-                f"{name} ({type(module).__name__}) uses the statistics of the batch, so an example has no gradient of "
-                "its own: call model.eval() (with running statistics), or use GroupNorm."
-            )
-
-
-def refuse_non_finite(values: Tensor, indices: Tensor, what: str) -> None:
-    """Refuse NaN and infinity.
-
-    Args:
-        values: One row per example, `[B, ...]`.
-        indices: Positions of the examples in their dataset, `[B]`.
-        what: What the values are, for the message.
-
-    Raises:
-        NonFiniteError: If there are any; the message names the first row.
-    """
-    finite = values.detach().flatten(1).isfinite().all(1) if values.ndim > 1 else values.detach().isfinite()
-    if not finite.all():
-        row = int(indices[(~finite).nonzero()[0, 0].cpu()])
-        raise NonFiniteError(f"{what} is NaN or infinite for row {row}: look at that row, or at the model's weights.")
-
-
-def _matches(name: str, pattern: str) -> bool:
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))

@@ -8,9 +8,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_attribution.data import Split
+from hf_attribution.gradients.checks import refuse_non_finite
 from hf_attribution.gradients.features import FeatureStore
 from hf_attribution.gradients.held import Held, Source, concatenate
-from hf_attribution.gradients.per_example import PerExampleGradients, refuse_non_finite
+from hf_attribution.gradients.per_example import PerExampleGradients
 
 # Bytes that the gradients of a block of rows may take; all other data are read once per block.
 BLOCK_BYTES = 2**30

@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from hf_attribution.data import Collator
-from hf_attribution.tasks import IGNORE_INDEX, Batch, CausalLM, Task, TokenPrediction
+from hf_attribution.logits import IGNORE_INDEX
+from hf_attribution.tasks import Batch, CausalLM, Task, TokenPrediction
 
 _ROW = "hf_attribution_row"
 
