@@ -72,6 +72,12 @@ def test_a_run_is_a_plain_training_on_the_subset(tmp_path):
             np.testing.assert_array_equal(truth.outputs[m, r], margins(trained, points(rows=7, seed=1)))
 
 
+def test_every_run_has_an_order_of_its_own_whatever_seeds_the_user_set(tmp_path):
+    trainer = trainer_in(tmp_path, seed=1, data_seed=2)
+    truth = trainer.retrain(num_subsets=1, seeds=3)
+    assert len(np.unique(truth.outputs[0, :, 0])) == 3
+
+
 def test_the_protocol_says_how_the_numbers_came_about(tmp_path):
     truth = trainer_in(tmp_path).retrain(num_subsets=2, fraction=0.25, seeds=1)
     expected = {"name": "resampled", "fraction": 0.25, "num_subsets": 2, "seeds": 1, "measurement": "margin"}

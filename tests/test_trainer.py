@@ -115,6 +115,15 @@ def test_retraining_starts_from_the_weights_and_callbacks_before_training(tmp_pa
     assert not np.array_equal(one.outputs, without.outputs)  # the callback stops trainings
 
 
+def test_every_run_has_callbacks_of_its_own(tmp_path):
+    trainer = trainer_in(tmp_path, trainer_settings={"callbacks": [Notes()]})
+    both = trainer.retrain(num_subsets=2, output_dir=tmp_path / "runs")
+    (tmp_path / "runs" / "runs" / "00000-0.safetensors").unlink()
+    # The first run, now after the second: notes that were shared would stop it at once.
+    again = trainer.retrain(num_subsets=2, output_dir=tmp_path / "runs")
+    np.testing.assert_array_equal(again.outputs, both.outputs)
+
+
 def test_mixed_precision_leaves_no_trace(tmp_path):
     """accelerate wraps the forward of a trained model; a copy of it would still run the user's weights."""
     untrained, trained = (trainer_in(tmp_path / name, bf16=True) for name in "ab")
