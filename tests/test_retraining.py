@@ -31,7 +31,16 @@ from hf_attribution.retraining.worklist import Run, WorkList
 from hf_attribution.seeds import derive_seed
 from hf_attribution.tasks import Classification
 from hf_attribution.trainer import AttributionTrainer
-from tests.tiny import CountTrainings, arguments, make_trainer, model, plain_training, points
+from tests.tiny import (
+    CountTrainings,
+    PointsConfig,
+    PointsForSequenceClassification,
+    arguments,
+    make_trainer,
+    model,
+    plain_training,
+    points,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -215,6 +224,16 @@ def test_keep_checkpoints_keeps_the_weights_that_gave_the_outputs(tmp_path):
     for m in range(2):
         loaded = load_weights(model(seed=3), tmp_path / "runs" / "runs" / f"{m:05d}-0")
         np.testing.assert_array_equal(margins(loaded, points(rows=7, seed=1)), kept.outputs[m, 0])
+
+
+def test_saving_a_model_whose_configuration_is_shared_changes_nothing(tmp_path):
+    config = PointsConfig()
+    settings = {"model_init": lambda: PointsForSequenceClassification(config)}
+    for _ in range(2):
+        trainer = trainer_in(tmp_path, trainer_settings=settings)
+        trainer.retrain(num_subsets=1, keep_checkpoints=True)
+    assert config.dtype is not None  # save_pretrained wrote it there
+    assert CountTrainings.trainings == 1
 
 
 # Faults

@@ -25,8 +25,15 @@ from hf_attribution.tasks import Task
 
 PROTOCOLS = ("resampled", "fixed")
 
-# Where a configuration came from, and by whom it was written, changes no training.
-_IMMATERIAL_CONFIG = ("_name_or_path", "transformers_version", "architectures", "_attn_implementation_autoset")
+# Where a configuration came from, and by whom it was written, changes no training. Its `dtype` is set when a model is
+# saved, in every model that shares the configuration; the fingerprint of the weights says what theirs is.
+_IMMATERIAL_CONFIG = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "_attn_implementation_autoset",
+    "dtype",
+)
 
 
 @dataclasses.dataclass(frozen=True)
