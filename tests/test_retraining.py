@@ -1,3 +1,4 @@
+import copy
 import errno
 import gc
 import json
@@ -539,3 +540,16 @@ def test_ordinary_training_is_the_users_own(tmp_path):
     theirs = make_trainer(Trainer, tmp_path / "b")
     theirs.train()
     assert_same_weights(mine.model, theirs.model, 0)
+
+
+def test_a_model_init_without_chance_is_reported_as_shared_weights(tmp_path):
+    pretrained = model()
+    inits = {
+        "fresh": lambda: PointsForSequenceClassification(PointsConfig()),
+        "shared": lambda: copy.deepcopy(pretrained),
+    }
+    for expected, model_init in inits.items():
+        trainer = AttributionTrainer(
+            model_init=model_init, args=arguments(tmp_path / expected), train_dataset=points(), eval_dataset=points(4)
+        )
+        assert trainer.retrain(num_subsets=1).protocol["initial_weights"] == expected

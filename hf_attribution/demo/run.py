@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import datasets
 from rich.console import Console
-from transformers import set_seed
+from transformers import ProgressCallback, set_seed
 from transformers.utils import logging
 
 from hf_attribution.demo.acts import ACTS, Act, Effort, Material, accuracy
@@ -20,7 +20,7 @@ from hf_attribution.report.examples import plot_image_examples, text_examples
 from hf_attribution.scores import Scores
 from hf_attribution.trainer import AttributionTrainer
 
-# The method whose examples are shown.
+# The method that ensembles are shown with, and whose examples are shown.
 SHOWN = "trak"
 NUM_SHOWN = 4
 
@@ -90,12 +90,12 @@ def _play(act: Act, full: bool, folder: Path, seed: int, console: Console) -> No
     for label, (scores, seconds) in scored.items():
         report = evaluate_lds(scores, truth, material.train, group_column=act.group_column)
         entries.append(Entry(label, report, seconds, seconds / training_seconds))
-    _show(act, entries, scored[SHOWN].scores, material, query, folder, console)
+    _show(act, entries, scored[_label(act, "half")].scores, material, query, folder, console)
     _record(act, effort, training_seconds, entries, folder)
 
 
 def _trainer(act: Act, material: Material, folder: Path, seed: int) -> AttributionTrainer:
-    return AttributionTrainer(
+    trainer = AttributionTrainer(
         model_init=material.model_init,
         args=act.training_arguments(
             folder / "run", seed=seed, data_seed=seed, disable_tqdm=False, logging_strategy="no"
@@ -106,6 +106,9 @@ def _trainer(act: Act, material: Material, folder: Path, seed: int) -> Attributi
         processing_class=material.processing_class,
         compute_metrics=accuracy if act.group_column == "label" else None,
     )
+    # The bar over retrainings is wanted; one over a training of seconds only gets in its way.
+    trainer.remove_callback(ProgressCallback)
+    return trainer
 
 
 def _quality(trainer: AttributionTrainer) -> str:
@@ -134,10 +137,14 @@ def _attribute_with_ensembles(
         ensemble = trainer.train_ensemble(act.ensemble, fraction, seed, folder / f"ensemble-{name}-{seed}")
         scores = trainer.attribute(query, method=SHOWN, checkpoints=ensemble)
         scores.save(folder / f"{SHOWN}-{name}.safetensors")
-        label, seconds = f"{SHOWN} ({act.ensemble} {name})", ensemble.provenance["seconds"]
+        label, seconds = _label(act, name), ensemble.provenance["seconds"]
         scored[label] = Scored(scores, scores.provenance["seconds"] + seconds)
         console.print(f"  {label}: {scored[label].seconds:.1f} s, {seconds:.1f} s of them for the trainings")
     return scored
+
+
+def _label(act: Act, name: str) -> str:
+    return f"{SHOWN} ({act.ensemble} {name})"
 
 
 def _method(name: str, act: Act) -> str | Method:
@@ -149,7 +156,7 @@ def _show(
     act: Act, entries: list[Entry], shown: Scores, material: Material, query: Any, folder: Path, console: Console
 ) -> None:
     console.print(comparison_table(entries, title=f"{act.title}: how well scores predict retraining"))
-    console.print(str(next(entry.report for entry in entries if entry.label == SHOWN)))
+    console.print(str(next(entry.report for entry in entries if entry.label == _label(act, "half"))))
     picture = folder / "lds_against_cost.png"
     plot_comparison(entries, act.title, picture)
     console.print(f"Picture: {picture}")

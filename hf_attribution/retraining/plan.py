@@ -74,6 +74,7 @@ class Plan:
         queries: The query batches, collated once for all runs.
         worklist: The runs, in their folder.
         fingerprints: Of initial model, training data, queries and task.
+        fresh_weights: Whether runs start from weights of their own.
     """
 
     request: Request
@@ -82,6 +83,7 @@ class Plan:
     queries: list[Batch]
     worklist: WorkList
     fingerprints: dict[str, str]
+    fresh_weights: bool
 
     def seed(self, run: Run) -> int:
         """The seed of a run: of its own, or with `"fixed"` the same for every subset."""
@@ -101,7 +103,7 @@ class Plan:
             "seed": request.seed,
             "measurement": request.task.measurement_name,
             "task": request.task.description,
-            "initial_weights": "fresh" if self.recipe.initial_model is None and not fixed else "shared",
+            "initial_weights": "fresh" if self.fresh_weights else "shared",
             "order": "fixed" if fixed else "fresh",
             "training": described_arguments(self.trainer.args),
         }
@@ -157,7 +159,8 @@ def make_plan(trainer: Trainer, recipe: Recipe, request: Request) -> Plan:
     check_manifest(folder, manifest)
     keep_subsets(folder, request.subsets)
     worklist = WorkList(folder, request.subsets.keys(), request.seeds, request.keep_checkpoints)
-    return Plan(request, trainer, recipe, queries, worklist, fingerprints)
+    fresh = request.protocol != "fixed" and _draws_weights(trainer, recipe, fingerprints["model"])
+    return Plan(request, trainer, recipe, queries, worklist, fingerprints, fresh)
 
 
 def _splits(trainer: Trainer, request: Request) -> tuple[Split, Split]:
@@ -173,12 +176,19 @@ def _splits(trainer: Trainer, request: Request) -> tuple[Split, Split]:
     return train, query
 
 
-def _initial_model(trainer: Trainer, recipe: Recipe) -> nn.Module:
-    """The model before training; with `model_init` the one that it gives under a fixed seed."""
+def _initial_model(trainer: Trainer, recipe: Recipe, seed: int = 0) -> nn.Module:
+    """The model before training; with `model_init` the one that it gives under a seed."""
     if isinstance(recipe.initial_model, nn.Module):
         return recipe.initial_model
-    with seeded(0):
+    with seeded(seed):
         return trainer.call_model_init()
+
+
+def _draws_weights(trainer: Trainer, recipe: Recipe, initial_weights: str) -> bool:
+    """Whether runs start from weights of their own: a `model_init` may as well return a pretrained model."""
+    return recipe.initial_model is None and (
+        weights_fingerprint(_initial_model(trainer, recipe, seed=1)) != initial_weights
+    )
 
 
 def _manifest(
