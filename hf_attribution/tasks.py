@@ -111,6 +111,10 @@ class Task:
         logits, targets = self._logits(model, batch), self._targets(batch)
         return self._measure(measure, logits, targets)
 
+    def num_items(self, batch: Batch) -> int:
+        """What the mean loss of a batch is a mean over: its examples, or its target tokens."""
+        return next(len(value) for value in batch.values() if isinstance(value, Tensor))
+
     def with_measure(self, measure: Measure | None) -> "Task":
         """The same task measuring something else."""
         return dataclasses.replace(self, measure=measure)
@@ -273,12 +277,20 @@ class TokenPrediction(PredictionTask):
 
     default_measure: ClassVar[str] = "log_probability"
 
+    def num_items(self, batch: Batch) -> int:
+        """How many target tokens a batch holds."""
+        return int((self._targets(batch) != IGNORE_INDEX).sum())
+
 
 @dataclasses.dataclass(frozen=True)
 class CausalLM(TokenPrediction):
     """Causal language modelling: token t predicts token t + 1. Measures the summed log-probability."""
 
     name: ClassVar[str] = "causal language modelling"
+
+    def num_items(self, batch: Batch) -> int:
+        """How many target tokens a batch holds; the first of an example has none before it."""
+        return int((self._targets(batch)[:, 1:] != IGNORE_INDEX).sum())
 
     def _aligned(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return logits[:, :-1], targets[:, 1:]

@@ -13,8 +13,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from hf_attribution.data import Collator
-from hf_attribution.logits import IGNORE_INDEX
-from hf_attribution.tasks import Batch, CausalLM, Task, TokenPrediction
+from hf_attribution.tasks import Task, TokenPrediction
 
 _ROW = "hf_attribution_row"
 
@@ -81,7 +80,7 @@ class _WeightedTraining(_Base):
         # The Trainer's own count of tokens where the model divides by it, right or (GPT-2's last one) wrong: what is
         # repeated here is the user's training.
         if counted is None or not isinstance(self.task, TokenPrediction):
-            counted = sum(num_items(self.task, sample) for sample in samples)
+            counted = sum(self.task.num_items(sample) for sample in samples)
         return samples, counted
 
     def compute_loss(
@@ -115,11 +114,3 @@ def give_weights(trainer: Any, weights: Tensor, task: Task) -> None:
     """
     trainer.weights, trainer.task = weights, task
     trainer.number_rows()
-
-
-def num_items(task: Task, inputs: Batch) -> Tensor | int:
-    """What the mean loss of a batch is a mean over: its target tokens, or its examples."""
-    if isinstance(task, TokenPrediction):
-        labels = inputs["labels"]
-        return ((labels[:, 1:] if isinstance(task, CausalLM) else labels) != IGNORE_INDEX).sum()
-    return len(inputs[_ROW])
