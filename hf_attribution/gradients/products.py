@@ -45,18 +45,21 @@ def gradient_products(
     """
     scores = np.zeros((len(query_split), len(train_split)), dtype=np.float32)
     stream = Source(queries, query_split).batches()
-    with tqdm(desc="gradient products", unit="rows", leave=False, disable=not progress) as bar:
+    with tqdm(
+        total=scores.size, desc="gradient products", unit="pairs", unit_scale=True, leave=False, disable=not progress
+    ) as bar:
         while block := _take_block(stream):
             norms = [tile.norms() if normalize else None for tile in block]
             for batch in Source(train, train_split).batches():
+                batch_norms = batch.norms() if normalize else None
                 for tile, lengths in zip(block, norms, strict=True):
                     products = tile.products(batch)
-                    if lengths is not None:
-                        both = lengths[:, None] * batch.norms()
+                    if lengths is not None and batch_norms is not None:
+                        both = lengths[:, None] * batch_norms
                         products = products / both.clamp(min=torch.finfo(products.dtype).tiny)
                     refuse_non_finite(products.T, batch.indices, "An inner product with the gradient")
                     scores[np.ix_(tile.indices.numpy(), batch.indices.numpy())] = products.cpu().numpy()
-                bar.update(len(batch))
+                    bar.update(products.numel())
     return scores
 
 
