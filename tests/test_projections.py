@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_attribution.gradients import projections
 from hf_attribution.gradients.per_example import Gradients
 from hf_attribution.gradients.projections import _KINDS, Projection
 from hf_attribution.gradients.terms import Dense, Lookup, Outer, dense
@@ -39,6 +40,12 @@ def project(gradients, kind="two_sided", dim=16, seed=0, names=SHAPES):
 def formed(gradients):
     terms = {name: [Dense(dense(t).unflatten(1, SHAPES[name]))] for name, t in gradients.terms.items()}
     return Gradients(gradients.indices, gradients.values, terms)
+
+
+@pytest.fixture(autouse=True, params=[0, 2**15], ids=["two sides", "small"])
+def small(request, monkeypatch):
+    """The matrices here are small: most tests are there for what happens to larger ones, too."""
+    monkeypatch.setattr(projections, "_SMALL", request.param)
 
 
 @pytest.mark.parametrize("kind", _KINDS)

@@ -69,9 +69,9 @@ Key = tuple[int, str]
 
 
 def add_two_sided(total: Tensor, terms: Sequence[Term], shape: torch.Size, key: Key) -> None:
-    """Add `sketch(P G Q)` for a weight matrix G; vectors are sketched as they are."""
+    """Add `sketch(P G Q)` for a weight matrix G; vectors and small matrices are sketched as they are."""
     rows, columns = _matrix_shape(shape)
-    if min(rows, columns) == 1:
+    if min(rows, columns) == 1 or rows * columns <= _SMALL:
         return add_sparse(total, terms, shape, key)
     kept_rows, kept_columns = _kept(rows, columns, _OVERSAMPLING * total.shape[1])
     left = _side(rows, kept_rows, (*key, "rows"), total.device)
@@ -106,6 +106,9 @@ _KINDS: dict[str, Callable[[Tensor, Sequence[Term], torch.Size, Key], None]] = {
 # The two sides keep this many times `dim` entries, which a sketch folds up: products of two small random matrices
 # are noisier than one matrix of the same size, and a larger core costs little.
 _OVERSAMPLING = 4
+
+# Matrices of so few entries are cheaper to form than to multiply from both sides, and lose less.
+_SMALL = 2**15
 
 # Random numbers that are generated at once: 16 MiB of float32.
 _BLOCK = 2**22
