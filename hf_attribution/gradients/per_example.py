@@ -153,7 +153,11 @@ class PerExampleGradients:
                 for tensor in output_tensors(output)
             ]
             if any(edges):
-                args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+                if len(args) == 1 and isinstance(args[0], Tensor):  # nearly all modules, and much faster
+                    args = (args[0].detach(),)
+                else:
+                    args = pytree.tree_map_only(Tensor, Tensor.detach, args)
+                kwargs = pytree.tree_map_only(Tensor, Tensor.detach, kwargs) if kwargs else kwargs
                 size, length, own = len(batch.indices), max(lengths, default=1), self._own_names[module]
                 shared = self._shared.get(module, set())
                 calls.append((Call(size, length, module, args, kwargs, (), own, shared), edges))

@@ -114,6 +114,7 @@ _SMALL = 2**15
 _BLOCK = 2**22
 
 
+@functools.lru_cache(maxsize=4096)
 def _matrix_shape(shape: torch.Size) -> tuple[int, int]:
     kept = [size for size in shape if size != 1] or [1]
     return kept[0], math.prod(kept[1:])
