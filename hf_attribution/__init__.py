@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hf_attribution.metric_cache import metric_path, register_metrics
 
 if TYPE_CHECKING:
-    from hf_attribution.attribution import attribute
+    from hf_attribution.attribution import attribute, self_influence
     from hf_attribution.counterfactuals import Counterfactuals, Subsets
     from hf_attribution.ensemble import Ensemble
     from hf_attribution.evaluation import LDSReport, evaluate_lds
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "attribution": ("attribute",),
+    "attribution": ("attribute", "self_influence"),
     "counterfactuals": ("Counterfactuals", "Subsets"),
     "ensemble": ("Ensemble",),
     "evaluation": ("LDSReport", "evaluate_lds"),
@@ -86,6 +86,7 @@ __all__ = [
     "evaluate_lds",
     "infer_task",
     "metric_path",
+    "self_influence",
 ]
 
 

@@ -69,7 +69,94 @@ def attribute(
         >>> scores.top(k=5)  # doctest: +SKIP
     """
     chosen = get_method(method)
-    task = task if task is not None else infer_task(model)
+    started = time.perf_counter()
+    with _problem(
+        model, train_dataset, query_dataset, task, data_collator, checkpoints, batch_size, cache_dir,
+        remove_unused_columns, progress,
+    ) as (problem, used_subsets):  # fmt: skip
+        scored = chosen.score(problem)
+        values = np.asarray(scored.values, dtype=np.float32)
+        _check_values(values, problem.shape, chosen.name)
+        provenance = {
+            "fingerprints": problem.fingerprints,
+            "measurement": problem.task.measurement_name,
+            "task": problem.task.description,
+            "checkpoints": [checkpoint.name for checkpoint in problem.checkpoints],
+            "weights": problem.weights,
+            **used_subsets,
+            "choices": scored.choices,
+            "seconds": time.perf_counter() - started,
+        }
+    return Scores(values=values, method=chosen.name, settings=chosen.settings, provenance=provenance)
+
+
+def self_influence(
+    model: nn.Module,
+    train_dataset: Any,
+    *,
+    method: str | Method = "influence",
+    task: Task | None = None,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    checkpoints: Ensemble | Sequence[str | Path | nn.Module | Checkpoint] | None = None,
+    batch_size: int = 32,
+    cache_dir: str | Path | None = None,
+    remove_unused_columns: bool = True,
+    progress: bool = True,
+) -> np.ndarray:
+    """What every training example does for the model's fit to itself, without all the other pairs.
+
+    High for examples that the model would get wrong without them: rare, hard or mislabelled ones (Feldman & Zhang
+    2020; Pruthi et al. 2020 find wrong labels by it).
+
+    Args:
+        model: The trained model, on the device to compute on.
+        train_dataset: What it was trained on, preprocessed: N rows.
+        method: A name in `METHODS` of a method that compares gradients, or such a method with settings.
+        task: What is learned; by default told from the model's class, see `infer_task`.
+        data_collator: The collator of training; by default transformers' `default_data_collator`.
+        checkpoints: Weights to attribute with, instead of the model's own, as for `attribute`.
+        batch_size: Rows in a batch. It does not change the result.
+        cache_dir: Where projected gradients are kept and found again; by default they are deleted at the end.
+        remove_unused_columns: Drop columns that the model's `forward` does not take, as the Trainer does.
+        progress: Whether to show progress bars.
+
+    Returns:
+        float32 `[N]`: each example's score for minus its own loss.
+
+    Raises:
+        UnsupportedError: If the method gives no example an influence on itself.
+        MismatchError: If a checkpoint is of another architecture, or an ensemble was trained on other data.
+        NonFiniteError: If a loss, gradient or score is NaN or infinite; the message names the row.
+        ValueError: If a batch has no labels, or a method or setting is unknown.
+
+    Example:
+        >>> own = self_influence(model, train, method="influence")  # doctest: +SKIP
+        >>> train.select(own.argsort()[::-1][:20])  # look at these first  # doctest: +SKIP
+    """
+    chosen = get_method(method)
+    with _problem(
+        model, train_dataset, train_dataset, task, data_collator, checkpoints, batch_size, cache_dir,
+        remove_unused_columns, progress,
+    ) as (problem, _):  # fmt: skip
+        values = np.asarray(chosen.self_influence(problem), dtype=np.float32)
+        _check_values(values[None], (1, problem.shape[1]), f"{chosen.name} (self-influence)")
+    return values
+
+
+@contextlib.contextmanager
+def _problem(
+    model: nn.Module,
+    train_dataset: Any,
+    query_dataset: Any,
+    task: Task | None,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None,
+    checkpoints: Ensemble | Sequence[str | Path | nn.Module | Checkpoint] | None,
+    batch_size: int,
+    cache_dir: str | Path | None,
+    remove_unused_columns: bool,
+    progress: bool,
+) -> Iterator[tuple[Problem, dict[str, Any]]]:
+    """The problem that a method is given, tried on two examples, and the subsets that its models were trained on."""
     check_same_columns(train_dataset, query_dataset)
     collator = data_collator if data_collator is not None else default_data_collator
     splits = []
@@ -81,11 +168,10 @@ def attribute(
         checkpoints.check_trained_on(splits[0])
         used_subsets = {"used_subsets": checkpoints.used_subsets()}
         checkpoints = checkpoints.checkpoints
-    started = time.perf_counter()
     with _folder(cache_dir) as folder:
         problem = Problem(
             model=model,
-            task=task,
+            task=task if task is not None else infer_task(model),
             train=splits[0],
             query=splits[1],
             train_dataset=train_dataset,
@@ -95,20 +181,7 @@ def attribute(
             progress=progress,
         )
         _try_task(problem)
-        scored = chosen.score(problem)
-    values = np.asarray(scored.values, dtype=np.float32)
-    _check_values(values, problem, chosen.name)
-    provenance = {
-        "fingerprints": problem.fingerprints,
-        "measurement": task.measurement_name,
-        "task": task.description,
-        "checkpoints": [checkpoint.name for checkpoint in problem.checkpoints],
-        "weights": problem.weights,
-        **used_subsets,
-        "choices": scored.choices,
-        "seconds": time.perf_counter() - started,
-    }
-    return Scores(values=values, method=chosen.name, settings=chosen.settings, provenance=provenance)
+        yield problem, used_subsets
 
 
 def as_checkpoint(source: str | Path | nn.Module | Checkpoint) -> Checkpoint:
@@ -182,9 +255,9 @@ def _try_task(problem: Problem) -> None:
             problem.task.measurement(model, problem.query.probe().to(problem.device).inputs)
 
 
-def _check_values(values: np.ndarray, problem: Problem, method: str) -> None:
-    if values.shape != problem.shape:
-        raise MismatchError(f"{method} returned scores {values.shape}, not [Q, N] = {problem.shape}.")
+def _check_values(values: np.ndarray, shape: tuple[int, int], method: str) -> None:
+    if values.shape != shape:
+        raise MismatchError(f"{method} returned scores {values.shape}, not [Q, N] = {shape}.")
     finite = np.isfinite(values)
     if not finite.all():
         query, row = (int(index) for index in np.argwhere(~finite)[0])

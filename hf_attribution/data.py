@@ -83,35 +83,38 @@ class Split:
             return self.dataset.__getitems__(indices)
         return [self.dataset[index] for index in indices]
 
-    def batches(self, skip: np.ndarray | None = None) -> Iterator[Batch]:
+    def batches(self, skip: np.ndarray | None = None, only: np.ndarray | None = None) -> Iterator[Batch]:
         """Batches that hold every row exactly once.
 
         Args:
             skip: Rows that are not needed, `[N]` bool. Batches of such rows alone are left out; the others stay what
                 they are, so that a pass that is resumed computes the same numbers.
+            only: Rows to make batches of, `[N]` bool; all by default.
 
         Yields:
             Row indices and inputs.
         """
+        order = self._order if only is None else self._order[only[self._order]]
         if self.draws_random_numbers:
-            yield from (batch for batch in self._drawn_batches() if skip is None or not skip[batch.indices].all())
+            drawn = self._drawn_batches(order)
+            yield from (batch for batch in drawn if skip is None or not skip[batch.indices].all())
         else:
-            order = self._order
             for start in range(0, len(order), self.batch_size):
                 indices = order[start : start + self.batch_size]
                 if skip is not None and skip[indices].all():
                     continue
                 yield Batch(torch.from_numpy(indices), dict(self.collator(self.rows(indices))))
 
-    def _drawn_batches(self) -> Iterator[Batch]:
+    def _drawn_batches(self, order: np.ndarray) -> Iterator[Batch]:
         waiting: list[tuple[int, dict[str, Any]]] = []
-        for index in self._order:
+        for index in order:
             inputs = self._drawn(int(index))
             if waiting and (len(waiting) == self.batch_size or _shapes(waiting[0][1]) != _shapes(inputs)):
                 yield _stack(waiting)
                 waiting = []
             waiting.append((int(index), inputs))
-        yield _stack(waiting)
+        if waiting:
+            yield _stack(waiting)
 
     def probe(self) -> Batch:
         """A batch of two to try things on: the first and the last row, or the first twice."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from hf_attribution.artefacts import fingerprint
 from hf_attribution.data import Split
 from hf_attribution.errors import MismatchError
 from hf_attribution.gradients.features import FeatureStore, compute_features
+from hf_attribution.gradients.held import Source
 from hf_attribution.gradients.per_example import PerExampleGradients
-from hf_attribution.gradients.products import feature_products, gradient_products
+from hf_attribution.gradients.products import feature_products, gradient_products, squared_lengths
 from hf_attribution.gradients.projections import Projection
 from hf_attribution.inputs import evaluating, weights_fingerprint
 from hf_attribution.tasks import Task
@@ -93,6 +95,21 @@ class Problem:
             with evaluating(model):
                 yield model, checkpoint.weight / len(self.checkpoints)
 
+    def average(self, function: Callable[[nn.Module, int], np.ndarray]) -> np.ndarray:
+        """The average over the checkpoints, by their weights, of what a function makes of their models.
+
+        Args:
+            function: Takes a model and its number.
+
+        Returns:
+            float32.
+        """
+        parts = (share * function(model, number) for number, (model, share) in enumerate(self.models()))
+        total = next(parts)
+        for part in parts:
+            total = total + part
+        return total.astype(np.float32, copy=False)
+
     def gradients(
         self, model: nn.Module, function: Callable[..., Tensor], split: Split, modules: Sequence[str] | None = None
     ) -> PerExampleGradients:
@@ -103,21 +120,24 @@ class Problem:
         self,
         model: nn.Module,
         modules: Sequence[str] | None = None,
-        projection: Projection | None = None,
+        dim: int | None = None,
+        seed: int = 0,
         normalize: bool = False,
-    ) -> Any:
+    ) -> np.ndarray:
         """Inner products of the queries' measurement gradients with the gradients that training follows.
 
         Args:
             model: A model of `models()`.
             modules: Patterns of the modules whose parameters count.
-            projection: Project the gradients; `None` for exact products.
+            dim: Project the gradients to this dimension; `None` for exact products.
+            seed: Seed of the projection.
             normalize: Whether to take cosines.
 
         Returns:
             float32 `[Q, N]`.
         """
-        if projection is not None:
+        if dim is not None:
+            projection = Projection(dim, seed)
             return feature_products(
                 self.features(model, self.task.measurement, self.query, projection, modules),
                 self.features(model, self.task.gains, self.train, projection, modules),
@@ -126,6 +146,26 @@ class Problem:
         queries = self.gradients(model, self.task.measurement, self.query, modules)
         train = self.gradients(model, self.task.gains, self.train, modules)
         return gradient_products(queries, self.query, train, self.train, normalize, self.progress)
+
+    def squared_lengths(
+        self, model: nn.Module, modules: Sequence[str] | None = None, dim: int | None = None, seed: int = 0
+    ) -> np.ndarray:
+        """Squared lengths of the training examples' gradients.
+
+        Args:
+            model: A model of `models()`.
+            modules: Patterns of the modules whose parameters count.
+            dim: Project the gradients to this dimension; `None` for exact lengths.
+            seed: Seed of the projection.
+
+        Returns:
+            float32 `[N]`.
+        """
+        if dim is not None:
+            train = self.features(model, self.task.gains, self.train, Projection(dim, seed), modules)
+            return torch.cat([block.square().sum(1) for _, block in train.blocks()]).numpy()
+        train_gradients = self.gradients(model, self.task.gains, self.train, modules)
+        return squared_lengths(Source(train_gradients, self.train)).numpy()
 
     def features(
         self,

@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 from transformers import Trainer
 
-from hf_attribution.attribution import attribute, trainer_checkpoints
+from hf_attribution.attribution import attribute, self_influence, trainer_checkpoints
 from hf_attribution.counterfactuals import Counterfactuals, Subsets
 from hf_attribution.data import Split
 from hf_attribution.ensemble import Ensemble
@@ -98,23 +98,71 @@ class AttributionMixin(_Base):
             >>> scores = trainer.attribute(test, method="trak")  # doctest: +SKIP
             >>> scores.top(k=5)  # doctest: +SKIP
         """
-        chosen = get_method(method)
-        sources: Ensemble | Sequence[Any] | None = checkpoints
-        if sources is None and chosen.needs_checkpoints:
-            sources = trainer_checkpoints(str(self.args.output_dir))
         return attribute(
             cast(nn.Module, self.model),
             _one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
             _one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query"),
-            method=chosen,
-            task=task if task is not None else self._task(),
-            data_collator=self.data_collator,
-            checkpoints=sources,
-            batch_size=batch_size if batch_size is not None else self.args.per_device_eval_batch_size,
-            cache_dir=cache_dir,
-            remove_unused_columns=self.args.remove_unused_columns,
-            progress=not self.args.disable_tqdm,
+            **self._attribution_settings(method, checkpoints, task, batch_size, cache_dir),
         )
+
+    def self_influence(
+        self,
+        method: str | Method = "influence",
+        train_dataset: Any = None,
+        checkpoints: Ensemble | Sequence[str | Path | nn.Module] | None = None,
+        task: Task | None = None,
+        batch_size: int | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> np.ndarray:
+        """What every training example does for the model's fit to itself: high for rare, hard and mislabelled ones.
+
+        Args:
+            method: A name in `METHODS` of a method that compares gradients, or such a method with settings.
+            train_dataset: The examples: N rows. By default the trainer's own.
+            checkpoints: Weights to attribute with, as for `attribute`.
+            task: What is learned; by default told from the model's class.
+            batch_size: Rows in a batch, by default `args.per_device_eval_batch_size`. It does not change the result.
+            cache_dir: Where projected gradients are kept and found again; by default they are deleted at the end.
+
+        Returns:
+            float32 `[N]`.
+
+        Raises:
+            UnsupportedError: If the method gives no example an influence on itself.
+            ValueError: If there is no training data, or no checkpoints for a method that needs them.
+
+        Example:
+            >>> own = trainer.self_influence(method="influence")  # doctest: +SKIP
+            >>> train.select(own.argsort()[::-1][:20])  # look at these first  # doctest: +SKIP
+        """
+        return self_influence(
+            cast(nn.Module, self.model),
+            _one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
+            **self._attribution_settings(method, checkpoints, task, batch_size, cache_dir),
+        )
+
+    def _attribution_settings(
+        self,
+        method: str | Method,
+        checkpoints: Ensemble | Sequence[str | Path | nn.Module] | None,
+        task: Task | None,
+        batch_size: int | None,
+        cache_dir: str | Path | None,
+    ) -> dict[str, Any]:
+        chosen = get_method(method)
+        sources: Ensemble | Sequence[Any] | None = checkpoints
+        if sources is None and chosen.needs_checkpoints:
+            sources = trainer_checkpoints(str(self.args.output_dir))
+        return {
+            "method": chosen,
+            "task": task if task is not None else self._task(),
+            "data_collator": self.data_collator,
+            "checkpoints": sources,
+            "batch_size": batch_size if batch_size is not None else self.args.per_device_eval_batch_size,
+            "cache_dir": cache_dir,
+            "remove_unused_columns": self.args.remove_unused_columns,
+            "progress": not self.args.disable_tqdm,
+        }
 
     def retrain(
         self,

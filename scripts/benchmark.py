@@ -30,12 +30,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
+from hf_attribution.curvature.ridge import RidgeRegression
 from hf_attribution.data import Split, used_columns
 from hf_attribution.demo.acts import ACTS
 from hf_attribution.gradients.features import FeatureStore, compute_features
 from hf_attribution.gradients.per_example import PerExampleGradients
 from hf_attribution.gradients.projections import Projection
-from hf_attribution.methods.trak import ridge_scores
 from hf_attribution.tasks import infer_task
 
 SECTIONS = ("features", "memory", "trak", "store", "scoring")
@@ -214,7 +214,7 @@ def benchmark_scoring(arguments: Arguments, console: Console) -> None:
             stores.append(FeatureStore(path))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         started = time.perf_counter()
-        scores = ridge_scores(stores[1], stores[0], damping=1.0)
+        scores = RidgeRegression(stores[0], 1.0, stores[1]).scores()
         seconds = time.perf_counter() - started
         peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
     console.print(

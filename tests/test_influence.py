@@ -12,7 +12,7 @@ from tiny import PointsConfig, PointsForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_attribution import Influence, LoGra, attribute
-from hf_attribution.curvature import operators, ridge
+from hf_attribution.curvature import dual, operators
 from hf_attribution.errors import ConvergenceError, UnsupportedError
 from hf_attribution.gradients import products
 from hf_attribution.methods import influence
@@ -330,7 +330,7 @@ def test_what_cannot_be_solved_is_named(network, monkeypatch):
         run(network, Influence(solver="cg", damping=1e-5, iterations=2))
     with pytest.raises(ConvergenceError, match="diverges"):
         run(network, Influence("hessian", "lissa", damping=1e-6, iterations=100_000))
-    monkeypatch.setattr(ridge, "MAX_DUAL", N - 1)
+    monkeypatch.setattr(dual, "MAX_ROWS", N - 1)
     with pytest.raises(UnsupportedError, match=r"23 rows takes 0 GB.*dim=4096"):
         run(network, Influence(solver="dual"))
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers as tf
 
-from hf_attribution.attribution import as_checkpoint, attribute, trainer_checkpoints
-from hf_attribution.errors import ArtefactError, MismatchError, NonFiniteError
+from hf_attribution.attribution import as_checkpoint, attribute, self_influence, trainer_checkpoints
+from hf_attribution.errors import ArtefactError, MismatchError, NonFiniteError, UnsupportedError
 from hf_attribution.inputs import weights_fingerprint
 from hf_attribution.methods import METHODS, GradCos, GradDot, LabelMatch, RepresentationSimilarity, Trak, get_method
 from hf_attribution.problem import Checkpoint
@@ -391,3 +391,32 @@ def test_scores_carry_what_they_belong_to(model, train, query):
     assert other.provenance["fingerprints"]["train"] != result.provenance["fingerprints"]["train"]
     assert other.provenance["fingerprints"]["query"] == result.provenance["fingerprints"]["query"]
     assert Checkpoint(model).name == "BertForSequenceClassification"
+
+
+@pytest.mark.parametrize("name", ["grad_dot", "grad_dot projected", "tracin", "trak", "logra", "influence"])
+def test_self_influence_is_the_diagonal_of_the_scores(name, model, train):
+    settings = {"dim": 16} if name in ("grad_dot projected", "trak", "logra") else {}
+    method = get_method(name.split()[0], **settings)
+    # The score of an example as a query whose measurement is its own gain; TRAK's features are of the margin.
+    task = Classification() if name == "trak" else Classification("negative_loss")
+    own = self_influence(model, train, method=method, task=task, data_collator=PadTokens(), progress=False)
+    expected = attribute(model, train, train, method=method, task=task, data_collator=PadTokens(), progress=False)
+    np.testing.assert_allclose(own, expected.values.diagonal(), rtol=1e-4, atol=1e-6)
+    assert own.dtype == np.float32
+    assert own.std() > 0
+
+
+@pytest.mark.parametrize("name", ["random", "label_match", "representation_similarity", "grad_cos"])
+def test_methods_without_self_influence_say_so(name, model, train):
+    with pytest.raises(UnsupportedError, match=f"{name} gives no example an influence on itself"):
+        self_influence(model, train, method=name, data_collator=PadTokens(), progress=False)
+
+
+@pytest.mark.parametrize("name", ["grad_dot", "grad_cos", "tracin", "trak", "logra", "influence"])
+def test_only_the_last_layer_counts_if_asked(name, model, train, query):
+    last = scores(model, train, query, get_method(name, last_layer=True))
+    named = scores(model, train, query, get_method(name, modules=("classifier",)))
+    np.testing.assert_array_equal(last, named)
+    assert not np.array_equal(last, scores(model, train, query, get_method(name)))
+    with pytest.raises(ValueError, match="either last_layer=True or modules="):
+        get_method(name, last_layer=True, modules=("classifier",))

@@ -27,8 +27,11 @@ class FlatRows:
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = sources
         self.parameters = sources[0].gradients.parameters
-        size = 4 * sum(len(source.split) for source in sources) * sources[0].gradients.num_parameters
+        size = 4 * len(self) * sources[0].gradients.num_parameters
         self._kept: list[tuple[Tensor, Tensor]] | None = list(self._compute()) if size <= ROWS_BYTES else None
+
+    def __len__(self) -> int:
+        return sum(len(source.rows) for source in self.sources)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Dataset positions `[B]` and gradients `[B, P]`."""

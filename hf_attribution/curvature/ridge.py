@@ -1,113 +1,61 @@
-"""Damped inverses of a Gram matrix `H = Σ_r row rowᵀ`, through the smaller of H and its kernel."""
+"""Ridge regression on stored features, through the smaller of their Gram matrix and their kernel."""
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from hf_attribution.errors import UnsupportedError
+from hf_attribution.curvature.dual import DampedKernel
 from hf_attribution.gradients.features import FeatureStore
 
-# Rows of a kernel up to which it and its factor, in double precision, fit into the memory of most machines.
-MAX_DUAL = 20_000
 
+class RidgeRegression:
+    """`φ (ΦᵀΦ + λI)⁻¹ Φᵀ` with λ = damping times the mean squared norm of Φ's rows.
 
-def ridge_scores(query: FeatureStore, train: FeatureStore, damping: float, normalize: bool = False) -> np.ndarray:
-    """`φ(query) (ΦᵀΦ + λI)⁻¹ Φᵀ` with λ = damping times the mean squared norm of Φ's rows: float32 `[Q, N]`.
+    Everything is computed in blocks of training examples; beside them only the smaller of `[dim, dim]` and `[N, N]`
+    is held.
 
     Args:
-        query: Features of Q queries.
         train: Features Φ of N training examples.
         damping: In units of the features' mean squared norm.
-        normalize: Whether to divide each column by the root of its self-influence, `φ_iᵀ (ΦᵀΦ + λI)⁻¹ φ_i`.
+        query: Features φ of Q queries, if there are any.
 
-    Returns:
-        Scores, computed in blocks of training examples; beside them only `[dim, dim]` and `[Q, dim]` are held.
-    """
-    queries = torch.cat([block for _, block in query.blocks()])
-    if len(train) <= train.dim:
-        features = torch.cat([block for _, block in train.blocks()])
-        kernel = features @ features.T
-        ridge = damping * float(kernel.trace()) / len(train)
-        return dual_scores(kernel, queries @ features.T, ridge, normalize=normalize).numpy()
-    kernel = torch.zeros(train.dim, train.dim, dtype=torch.float64)
-    for _, block in train.blocks():
-        kernel += block.T @ block
-    factor = damped_factor(kernel, damping * float(kernel.trace()) / len(train))
-    solved = torch.cholesky_solve(queries.T.double(), factor).T.float()
-    scores = np.empty((len(query), len(train)), dtype=np.float32)
-    for where, block in train.blocks():
-        found = solved @ block.T
-        if normalize:
-            found = divide_by_roots(found, (torch.cholesky_solve(block.T.double(), factor).T * block).sum(1))
-        scores[:, where] = found.numpy()
-    return scores
-
-
-def dual_scores(
-    kernel: Tensor, cross: Tensor, ridge: float, coefficients: Tensor | None = None, normalize: bool = False
-) -> Tensor:
-    """`u(query)ᵀ (H + λI)⁻¹ g_i` by Woodbury's identity, `u Rᵀ (R Rᵀ + λI)⁻¹ B`: no parameter-sized matrix.
-
-    R are the n rows of which H is the Gram matrix, and every `g_i = Σ_k B[i, k] row[k, i]` is a combination of them:
-    for the empirical Fisher, g_i is the row itself.
-
-    Args:
-        kernel: `R Rᵀ`, `[n, n]`.
-        cross: `u Rᵀ`, `[Q, n]`.
+    Attributes:
         ridge: λ.
-        coefficients: B, `[N, K]`, where rows come K times N; each example's own row by default.
-        normalize: Whether to divide each column by the root of its self-influence, `g_iᵀ (H + λI)⁻¹ g_i`.
-
-    Returns:
-        float32 `[Q, N]`; 0 where the query's or the example's gradient is.
     """
-    coefficients = coefficients if coefficients is not None else torch.ones(len(kernel), 1)
-    weights = coefficients.T.double()
-    factor = damped_factor(kernel, ridge)
 
-    def combine(values: Tensor) -> Tensor:
-        """From n columns to N."""
-        return (values.unflatten(1, weights.shape) * weights).sum(1)
+    def __init__(self, train: FeatureStore, damping: float, query: FeatureStore | None = None) -> None:
+        self._train, self._query, self._few = train, query, len(train) <= train.dim
+        if self._few:
+            features = torch.cat([block for _, block in train.blocks()])
+            self._matrix = features @ features.T
+        else:
+            self._matrix = torch.zeros(train.dim, train.dim, dtype=torch.float64)
+            for _, block in train.blocks():
+                self._matrix += block.T @ block
+        self.ridge = damping * float(self._matrix.trace()) / len(train)
+        self._damped = DampedKernel(self._matrix, self.ridge)
 
-    scores = combine(torch.cholesky_solve(cross.T.double(), factor).T)
-    if normalize:
-        solved = torch.cholesky_solve(combine(kernel.double()), factor).unflatten(0, weights.shape)
-        scores = divide_by_roots(scores, (torch.diagonal(solved, dim1=1, dim2=2) * weights).sum(0))
-    return scores.float()
+    def scores(self) -> np.ndarray:
+        """Scores of all training examples for the queries: float32 `[Q, N]`."""
+        assert self._query is not None
+        queries = torch.cat([block for _, block in self._query.blocks()])
+        if self._few:
+            features = torch.cat([block for _, block in self._train.blocks()])
+            return self._damped.solve(queries @ features.T).float().numpy()
+        solved = self._damped.solve(queries).float()
+        scores = np.empty((len(queries), len(self._train)), dtype=np.float32)
+        for where, block in self._train.blocks():
+            scores[:, where] = (solved @ block.T).numpy()
+        return scores
 
-
-def damped_factor(kernel: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor of `kernel + λI`, in double precision: λ is small beside the largest eigenvalues.
-
-    Args:
-        kernel: A Gram matrix.
-        ridge: λ. Where it is 0 since every row is, so is what is solved for: 1 does as well.
-
-    Returns:
-        The lower factor.
-    """
-    damped = kernel.double() if kernel.dtype != torch.float64 else kernel.clone()
-    damped.diagonal().add_(ridge if ridge > 0 else 1.0)
-    return torch.linalg.cholesky(damped)
-
-
-def divide_by_roots(scores: Tensor, self_influence: Tensor) -> Tensor:
-    """Columns divided by the root of the self-influence; those whose example has no gradient stay 0."""
-    roots = self_influence.clamp(min=0).sqrt().to(scores)
-    return torch.where(roots > 0, scores / roots, 0.0)
+    def self_influence(self) -> np.ndarray:
+        """`φ_i (ΦᵀΦ + λI)⁻¹ φ_i` of all training examples, their leverages: float32 `[N]`."""
+        if self._few:
+            return self._damped.solve(self._matrix).diagonal().float().numpy()
+        own = [(self._damped.solve(block) * block).sum(1) for _, block in self._train.blocks()]
+        return torch.cat(own).float().numpy()
 
 
-def refuse_large_kernel(rows: int) -> None:
-    """Refuse a kernel that does not fit.
-
-    Args:
-        rows: Its rows.
-
-    Raises:
-        UnsupportedError: If they are too many; the message names the memory and the way out.
-    """
-    if rows > MAX_DUAL:
-        raise UnsupportedError(
-            f"solver='dual' with {rows} rows takes {20e-9 * rows**2:.0f} GB for their kernel: project the gradients, "
-            "dim=4096 (curvature='fisher'), or use solver='cg'."
-        )
+def divide_by_roots(scores: np.ndarray, self_influence: np.ndarray) -> np.ndarray:
+    """Columns `[Q, N]` divided by the root of the self-influence `[N]`; those whose example has no gradient stay 0."""
+    roots = np.sqrt(self_influence.clip(min=0)).astype(scores.dtype)
+    return np.divide(scores, roots, out=np.zeros_like(scores), where=roots > 0)

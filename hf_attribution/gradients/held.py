@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -72,15 +71,28 @@ class Held:
         return total.sqrt()
 
 
-class Source(NamedTuple):
-    """The rows of a split, and what computes their gradients."""
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The rows of a split, and what computes their gradients.
+
+    Args:
+        gradients: What computes the gradients.
+        split: The rows.
+        only: Those of them that count, `[N]` bool; all by default.
+    """
 
     gradients: PerExampleGradients
     split: Split
+    only: np.ndarray | None = None
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The dataset positions of the rows that count, in order."""
+        return np.arange(len(self.split)) if self.only is None else np.flatnonzero(self.only)
 
     def batches(self, skip: np.ndarray | None = None) -> Iterator[Held]:
         """The gradients of all rows, batch by batch, without batches of skipped rows `[N]` alone."""
-        for batch in self.split.batches(skip):
+        for batch in self.split.batches(skip, self.only):
             yield concatenate([hold(self.gradients(batch.to(self.gradients.device)))])
 
 

@@ -63,21 +63,35 @@ def gradient_products(
     return scores
 
 
-def gradient_kernel(rows: Sequence[Source], queries: Source, progress: bool = True) -> tuple[Tensor, Tensor]:
-    """Exact inner products of all gradients of some sources with each other, and with those of queries.
+def squared_lengths(source: Source) -> Tensor:
+    """Squared lengths of all gradients of a source: float32 `[N]`, in dataset order."""
+    found = torch.zeros(len(source.split))
+    for held in source.batches():
+        lengths = held.norms().square()
+        refuse_non_finite(lengths, held.indices, "The squared length of a gradient")
+        found[held.indices] = lengths.float().cpu()
+    return found
 
-    Rows are taken in blocks that fit in memory; for each, the rows after it and the queries are read once.
+
+def gradient_kernel(
+    rows: Sequence[Source], others: Sequence[Source], progress: bool = True
+) -> tuple[Tensor, list[Tensor]]:
+    """Exact inner products of all gradients of some sources with each other, and with those of other sources.
+
+    Rows are taken in blocks that fit in memory; for each, the rows after it and the others are read once.
 
     Args:
         rows: Sources with n rows in all, on the same model.
-        queries: The queries' gradients.
+        others: Sources on the same model, of whole splits.
         progress: Whether to show a progress bar.
 
     Returns:
-        float32 `[n, n]` and `[Q, n]`, in the order of the sources and of their datasets' rows.
+        float32 `[n, n]`, in the order of the sources and of their datasets' rows, and for each other source of m rows
+        its inner products with them, `[m, n]`.
     """
-    size = sum(len(source.split) for source in rows)
-    kernel, cross = torch.zeros(size, size), torch.zeros(len(queries.split), size)
+    examples = np.concatenate([source.rows for source in rows])
+    size = len(examples)
+    kernel, crosses = torch.zeros(size, size), [torch.zeros(len(other.split), size) for other in others]
     done = np.zeros(size, dtype=bool)
     with tqdm(total=size, desc="gradient kernel", unit="rows", leave=False, disable=not progress) as bar:
         while not done.all():
@@ -86,22 +100,21 @@ def gradient_kernel(rows: Sequence[Source], queries: Source, progress: bool = Tr
             for number, tile in enumerate(block):
                 for other in block[number:]:
                     _fill(kernel, tile, other)
-                refuse_non_finite(
-                    kernel[tile.indices, tile.indices],
-                    tile.indices % len(rows[0].split),
-                    "The squared length of a gradient",
-                )
+                own = kernel[tile.indices, tile.indices]
+                refuse_non_finite(own, torch.from_numpy(examples)[tile.indices], "The squared length of a gradient")
                 done[tile.indices] = True
                 bar.update(len(tile))
             for batch in stream:
                 for tile in block:
                     _fill(kernel, tile, batch)
-            for batch in queries.batches():
-                for tile in block:
-                    products = batch.products(tile)
-                    refuse_non_finite(products, batch.indices, "An inner product with the gradient of the query")
-                    cross[batch.indices[:, None], tile.indices] = products.cpu()
-    return kernel, cross
+            for source, cross in zip(others, crosses, strict=True):
+                for batch in source.batches():
+                    for tile in block:
+                        products = batch.products(tile)
+                        what = f"An inner product with the gradient of the {source.split.name} row"
+                        refuse_non_finite(products, batch.indices, what)
+                        cross[batch.indices[:, None], tile.indices] = products.cpu()
+    return kernel, crosses
 
 
 def _fill(kernel: Tensor, one: Held, other: Held) -> None:
@@ -142,7 +155,11 @@ def _positioned(rows: Sequence[Source], done: np.ndarray) -> Iterator[Held]:
     """The batches of all sources that are not done, with positions among all rows."""
     start = 0
     for source in rows:
-        stop = start + len(source.split)
-        for batch in source.batches(done[start:stop].copy()):
-            yield Held(batch.indices + start, batch.values, batch.segments)
-        start = stop
+        chosen = source.rows
+        positions = np.full(len(source.split), -1)
+        positions[chosen] = np.arange(start, start + len(chosen))
+        skip = np.zeros(len(source.split), dtype=bool)
+        skip[chosen] = done[positions[chosen]]
+        for batch in source.batches(skip):
+            yield Held(torch.from_numpy(positions)[batch.indices], batch.values, batch.segments)
+        start += len(chosen)

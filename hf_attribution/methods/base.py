@@ -1,10 +1,14 @@
 """What an attribution method is: a frozen dataclass of settings with one method, `score`."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from torch import nn
 
+from hf_attribution.errors import UnsupportedError
+from hf_attribution.gradients.layers import last_linear
 from hf_attribution.problem import Problem
 
 
@@ -38,7 +42,65 @@ class Method:
         """
         raise NotImplementedError(f"{type(self).__name__} defines no score.")
 
+    def self_influence(self, problem: Problem) -> np.ndarray:
+        """What every training example does for itself: its score for its own gain, minus its own loss.
+
+        Args:
+            problem: Model, task, training data; the queries are left alone.
+
+        Returns:
+            float32 `[N]`: the diagonal of the scores of the training examples as queries, without the others.
+
+        Raises:
+            UnsupportedError: If the method compares no gradients.
+        """
+        raise UnsupportedError(
+            f"{self.name} gives no example an influence on itself: use a method that compares gradients, for example "
+            "'influence', 'trak' or 'grad_dot'."
+        )
+
     @property
     def settings(self) -> dict[str, Any]:
         """The settings by name, as JSON."""
         return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientMethod(Method):
+    """Base of the methods that compare gradients: of all parameters, or of some.
+
+    Args:
+        modules: Patterns (`fnmatch`) of the modules whose parameters count; all by default.
+        last_layer: Only the parameters of the last linear layer count.
+    """
+
+    modules: tuple[str, ...] | None = dataclasses.field(default=None, kw_only=True)
+    last_layer: bool = dataclasses.field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.last_layer and self.modules is not None:
+            raise ValueError("Give either last_layer=True or modules=[...].")
+
+    def modules_of(self, model: nn.Module) -> Sequence[str] | None:
+        """Patterns of the modules of a model whose parameters count; `None` for all."""
+        return (last_linear(model),) if self.last_layer else self.modules
+
+
+def positive_damping(damping: float | str, auto: float) -> float:
+    """A damping as a number.
+
+    Args:
+        damping: The number, or `"auto"`.
+        auto: What `"auto"` stands for.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: If it is not positive.
+    """
+    if damping == "auto":
+        return auto
+    if not float(damping) > 0:
+        raise ValueError(f"damping must be positive (the curvature can be singular), not {damping}.")
+    return float(damping)

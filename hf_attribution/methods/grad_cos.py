@@ -3,22 +3,23 @@
 import dataclasses
 from typing import ClassVar
 
-from hf_attribution.gradients.projections import Projection
-from hf_attribution.methods.base import Method, Scored
+from hf_attribution.methods.base import GradientMethod, Scored
 from hf_attribution.problem import Problem
 
 
 @dataclasses.dataclass(frozen=True)
-class GradCos(Method):
+class GradCos(GradientMethod):
     """Cosine of the query's measurement gradient and the example's gain gradient, averaged over the checkpoints.
 
+    An example's influence on itself is 1, whatever it is: for that use another method.
+
     Args:
-        modules: Patterns of the modules whose parameters count; all by default.
         dim: Project the gradients to this dimension; exact by default.
         seed: Seed of the projection.
+        modules: Patterns of the modules whose parameters count; all by default.
+        last_layer: Only the parameters of the last linear layer count.
     """
 
-    modules: tuple[str, ...] | None = None
     dim: int | None = None
     seed: int = 0
 
@@ -27,10 +28,8 @@ class GradCos(Method):
 
     def score(self, problem: Problem) -> Scored:
         """Multiply the unit gradients."""
-        projection = None if self.dim is None else Projection(self.dim, self.seed)
         return Scored(
-            sum(
-                share * problem.products(model, self.modules, projection, normalize=True)
-                for model, share in problem.models()
+            problem.average(
+                lambda model, _: problem.products(model, self.modules_of(model), self.dim, self.seed, normalize=True)
             )
         )

@@ -3,22 +3,23 @@
 import dataclasses
 from typing import ClassVar
 
-from hf_attribution.gradients.projections import Projection
-from hf_attribution.methods.base import Method, Scored
+import numpy as np
+
+from hf_attribution.methods.base import GradientMethod, Scored
 from hf_attribution.problem import Problem
 
 
 @dataclasses.dataclass(frozen=True)
-class GradDot(Method):
+class GradDot(GradientMethod):
     """`⟨∇m(query), -∇loss(example)⟩`, averaged over the checkpoints.
 
     Args:
-        modules: Patterns of the modules whose parameters count; all by default.
         dim: Project the gradients to this dimension; exact by default.
         seed: Seed of the projection.
+        modules: Patterns of the modules whose parameters count; all by default.
+        last_layer: Only the parameters of the last linear layer count.
     """
 
-    modules: tuple[str, ...] | None = None
     dim: int | None = None
     seed: int = 0
 
@@ -27,7 +28,12 @@ class GradDot(Method):
 
     def score(self, problem: Problem) -> Scored:
         """Multiply the gradients."""
-        projection = None if self.dim is None else Projection(self.dim, self.seed)
         return Scored(
-            sum(share * problem.products(model, self.modules, projection) for model, share in problem.models())
+            problem.average(lambda model, _: problem.products(model, self.modules_of(model), self.dim, self.seed))
+        )
+
+    def self_influence(self, problem: Problem) -> np.ndarray:
+        """The gradients' squared lengths."""
+        return problem.average(
+            lambda model, _: problem.squared_lengths(model, self.modules_of(model), self.dim, self.seed)
         )

@@ -5,13 +5,13 @@ plain LDS on labelled data is that; methods that do not beat this baseline have 
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from hf_attribution.methods.base import Method, Scored
+from hf_attribution.methods.groups import groups_of
 from hf_attribution.problem import Problem
-from hf_attribution.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +29,5 @@ class LabelMatch(Method):
 
     def score(self, problem: Problem) -> Scored:
         """Compare the labels."""
-        query, train = (self._groups(d, problem.task) for d in (problem.query_dataset, problem.train_dataset))
+        query, train = groups_of(problem, self.column, self.name)
         return Scored((query[:, None] == train[None, :]).astype(np.float32))
-
-    def _groups(self, dataset: Any, task: Task) -> np.ndarray:
-        if self.column is not None:
-            if self.column not in (getattr(dataset, "column_names", None) or ()):
-                raise ValueError(f"label_match: there is no column {self.column!r} in a dataset.")
-            return np.asarray(dataset.with_format(None)[self.column])
-        labels = task.labels(dataset)
-        if labels is None:
-            raise ValueError(
-                f"label_match needs classes, and {task.name} has none: name a column to compare, "
-                "LabelMatch(column=...), or leave this baseline out."
-            )
-        return labels

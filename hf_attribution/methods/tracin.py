@@ -3,24 +3,25 @@
 import dataclasses
 from typing import ClassVar
 
-from hf_attribution.gradients.projections import Projection
-from hf_attribution.methods.base import Method, Scored
+import numpy as np
+
+from hf_attribution.methods.base import GradientMethod, Scored
 from hf_attribution.problem import Problem
 
 
 @dataclasses.dataclass(frozen=True)
-class TracIn(Method):
+class TracIn(GradientMethod):
     """TracInCP: `Σ_c η_c ⟨∇m(query; θ_c), -∇loss(example; θ_c)⟩` over checkpoints of one run.
 
     The checkpoints are the `checkpoint-*` folders of a Trainer, with the learning rates it saved in them.
 
     Args:
-        modules: Patterns of the modules whose parameters count; all by default. The paper uses the last layer.
         dim: Project the gradients to this dimension; exact by default.
         seed: Seed of the projection.
+        modules: Patterns of the modules whose parameters count; all by default.
+        last_layer: Only the parameters of the last linear layer count, as in the paper.
     """
 
-    modules: tuple[str, ...] | None = None
     dim: int | None = None
     seed: int = 0
 
@@ -30,9 +31,12 @@ class TracIn(Method):
 
     def score(self, problem: Problem) -> Scored:
         """Add up the checkpoints."""
-        projection = None if self.dim is None else Projection(self.dim, self.seed)
-        values = sum(
-            len(problem.checkpoints) * share * problem.products(model, self.modules, projection)
-            for model, share in problem.models()
+        values = problem.average(lambda model, _: problem.products(model, self.modules_of(model), self.dim, self.seed))
+        rates = [checkpoint.weight for checkpoint in problem.checkpoints]
+        return Scored(len(rates) * values, {"learning_rates": rates})
+
+    def self_influence(self, problem: Problem) -> np.ndarray:
+        """The gradients' squared lengths, added up over the checkpoints."""
+        return len(problem.checkpoints) * problem.average(
+            lambda model, _: problem.squared_lengths(model, self.modules_of(model), self.dim, self.seed)
         )
-        return Scored(values, {"learning_rates": [checkpoint.weight for checkpoint in problem.checkpoints]})

@@ -1,21 +1,24 @@
 """TRAK: a linear model in the space of randomly projected gradients, averaged over models."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import nn
 
-from hf_attribution.curvature.ridge import ridge_scores
+from hf_attribution.curvature.ridge import RidgeRegression
+from hf_attribution.gradients.features import FeatureStore
 from hf_attribution.gradients.projections import Projection
-from hf_attribution.methods.base import Method, Scored
+from hf_attribution.methods.base import GradientMethod, Scored, positive_damping
 from hf_attribution.problem import Problem
 
 AUTO_DAMPING = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Trak(Method):
+class Trak(GradientMethod):
     """`mean_c [φ_c(query) (Φ_cᵀΦ_c + λI)⁻¹ Φ_cᵀ] · mean_c [1 - p_c(example)]`, over checkpoints c.
 
     φ is the projected gradient of the correct-class margin of a classifier, and `1 - p` the probability of the other
@@ -28,33 +31,54 @@ class Trak(Method):
         seed: Seed of the projection.
         projection: Kind of projection, see `hf_attribution.gradients.projections.Projection`.
         modules: Patterns of the modules whose parameters count; all by default.
+        last_layer: Only the parameters of the last linear layer count.
     """
 
     dim: int = 2048
     damping: float | str = "auto"
     seed: int = 0
     projection: str = "two_sided"
-    modules: tuple[str, ...] | None = None
 
     name: ClassVar[str] = "trak"
     paper: ClassVar[str] = "Park et al. 2023, TRAK: Attributing model behavior at scale"
 
     def __post_init__(self) -> None:
-        if self.damping != "auto" and not float(self.damping) > 0:
-            raise ValueError(f"damping must be positive (the kernel can be singular), not {self.damping}.")
+        super().__post_init__()
+        positive_damping(self.damping, AUTO_DAMPING)
 
     def score(self, problem: Problem) -> Scored:
         """Fit the linear model of every checkpoint, and average."""
-        damping = AUTO_DAMPING if self.damping == "auto" else float(self.damping)
-        margins = problem.task.margins()
-        train_function = problem.task.gains if margins is None else margins.measurement
         fitted, other_classes = np.zeros(problem.shape, np.float32), np.zeros(problem.shape[1], np.float32)
+        for model, share, projection, train in self._features(problem):
+            modules = self.modules_of(model)
+            query = problem.features(model, problem.task.measurement, problem.query, projection, modules)
+            fitted += share * RidgeRegression(train, self._damping, query).scores()
+            other_classes += share * _other_classes(train)
+        values = fitted * other_classes if problem.task.margins() is not None else fitted
+        return Scored(values, {"damping": self._damping})
+
+    def self_influence(self, problem: Problem) -> np.ndarray:
+        """The leverages of the training features, times the probability of the other classes."""
+        leverages, other_classes = np.zeros((2, problem.shape[1]), np.float32)
+        for _, share, _, train in self._features(problem):
+            leverages += share * RidgeRegression(train, self._damping).self_influence()
+            other_classes += share * _other_classes(train)
+        return leverages * other_classes if problem.task.margins() is not None else leverages
+
+    @property
+    def _damping(self) -> float:
+        return positive_damping(self.damping, AUTO_DAMPING)
+
+    def _features(self, problem: Problem) -> Iterator[tuple[nn.Module, float, Projection, FeatureStore]]:
+        """Of every model: itself, its share, a projection, and the training examples' features."""
+        margins = problem.task.margins()
+        function = problem.task.gains if margins is None else margins.measurement
         for number, (model, share) in enumerate(problem.models()):
             projection = Projection(self.dim, self.seed + number, self.projection)
-            train = problem.features(model, train_function, problem.train, projection, self.modules)
-            query = problem.features(model, problem.task.measurement, problem.query, projection, self.modules)
-            fitted += share * ridge_scores(query, train, damping)
-            if margins is not None:
-                other_classes += share * torch.sigmoid(-torch.from_numpy(train.values)).numpy()
-        values = fitted if margins is None else fitted * other_classes
-        return Scored(values, {"damping": damping})
+            train = problem.features(model, function, problem.train, projection, self.modules_of(model))
+            yield model, share, projection, train
+
+
+def _other_classes(train: FeatureStore) -> np.ndarray:
+    """`1 - p` of the training examples, from their margins."""
+    return torch.sigmoid(-torch.from_numpy(train.values)).numpy()
