@@ -33,6 +33,11 @@ class Batch(NamedTuple):
         return Batch(self.indices, moved)
 
 
+# Bytes up to which the rows of a dataset are kept in memory: methods read them many times, and `datasets` takes longer
+# to make tensors of nested lists than a small model to learn from them.
+KEPT_BYTES = 2**28
+
+
 class Split:
     """A dataset as a model sees it: its rows through the data collator, in batches, in a fixed order.
 
@@ -72,6 +77,7 @@ class Split:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
         self.dataset, self.collator, self.batch_size, self.name, self.seed = dataset, collator, batch_size, name, seed
+        self._kept: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -103,7 +109,21 @@ class Split:
                 indices = order[start : start + self.batch_size]
                 if skip is not None and skip[indices].all():
                     continue
-                yield Batch(torch.from_numpy(indices), dict(self.collator(self.rows(indices))))
+                yield Batch(torch.from_numpy(indices), dict(self.collator(self._read(indices.tolist()))))
+
+    def _read(self, indices: list[int]) -> list[Any]:
+        """Rows that are always the same, kept for the next pass where all of them are small."""
+        missing = [index for index in indices if index not in self._kept]
+        read = dict(zip(missing, self.rows(missing), strict=True)) if missing else {}
+        if self._small:
+            self._kept.update(read)
+        found = (self._kept[index] if index in self._kept else read[index] for index in indices)
+        # Some collators take columns out of the rows they are given.
+        return [dict(row) if isinstance(row, dict) else row for row in found]
+
+    @functools.cached_property
+    def _small(self) -> bool:
+        return len(self) * len(pickle.dumps(_plain(self.rows([0])[0]))) <= KEPT_BYTES
 
     def _drawn_batches(self, order: np.ndarray) -> Iterator[Batch]:
         waiting: list[tuple[int, dict[str, Any]]] = []

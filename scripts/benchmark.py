@@ -7,6 +7,7 @@ Sections:
   features   projected gradients of the demo's three models against one plain forward and backward pass over the rows
   memory     peak memory of the same for N and 4 N rows
   trak       TRAK (one model) against one training of a small CNN, beside `traker` and `dattri` where they install
+  influence  exact influence functions through kernels against one training of the same CNN
   store      the second `attribute` on an existing store: seconds, and rows read
   scoring    queries x examples x dimensions of stored features, in bounded memory
 """
@@ -38,7 +39,7 @@ from hf_attribution.gradients.per_example import PerExampleGradients
 from hf_attribution.gradients.projections import Projection
 from hf_attribution.tasks import infer_task
 
-SECTIONS = ("features", "memory", "trak", "store", "scoring")
+SECTIONS = ("features", "memory", "trak", "influence", "store", "scoring")
 
 
 @dataclasses.dataclass
@@ -73,6 +74,7 @@ def main() -> None:
             "features": benchmark_features,
             "memory": benchmark_memory,
             "trak": benchmark_trak,
+            "influence": benchmark_influence,
             "store": benchmark_store,
             "scoring": benchmark_scoring,
         }[section](arguments, console)
@@ -162,10 +164,24 @@ def benchmark_memory(arguments: Arguments, console: Console) -> None:
 
 def benchmark_trak(arguments: Arguments, console: Console) -> None:
     """TRAK against one training of a 28k-parameter CNN; other libraries on the same model where they are installed."""
-    import reference_trak
+    import small_cnn
 
-    table = Table("library", "seconds", "trainings", "LDS", title="TRAK, one model, 1,000 x 200 digits")
-    for row in reference_trak.compare(arguments.dim, arguments.repeats):
+    runs = small_cnn.trak_libraries(arguments.dim)
+    _compare(runs, "TRAK, one model, 1,000 x 200 digits", arguments, console)
+
+
+def benchmark_influence(arguments: Arguments, console: Console) -> None:
+    """Exact influence functions through kernels, on the same model."""
+    import small_cnn
+
+    _compare(small_cnn.influence_functions(), "influence, one model, 1,000 x 200 digits", arguments, console)
+
+
+def _compare(runs: Any, title: str, arguments: Arguments, console: Console) -> None:
+    import small_cnn
+
+    table = Table("library or setting", "seconds", "trainings", "LDS", "partial LDS", title=title)
+    for row in small_cnn.compare(runs, arguments.repeats):
         table.add_row(*row)
     console.print(table)
 

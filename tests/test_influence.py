@@ -133,6 +133,35 @@ def test_gauss_newton_with_label_smoothing(network, smoothing):
         agree(run(network, Influence("gauss_newton", solver), task=task).values, expected.numpy())
 
 
+def test_rows_without_weight_are_left_out_of_the_gauss_newton_matrix(network, monkeypatch):
+    confident = copy.deepcopy(network)
+    with torch.no_grad():
+        confident.head.weight.mul_(6)
+    kept = []
+    solve = dual.gradient_kernel
+    monkeypatch.setattr(
+        dual, "gradient_kernel", lambda rows, *rest: kept.append(sum(len(r.rows) for r in rows)) or solve(rows, *rest)
+    )
+    expected = brute_force(confident, "gauss_newton")[0].numpy()
+    agree(run(confident, Influence("gauss_newton")).values, expected, 1e-3)
+    monkeypatch.setattr(dual, "NEGLIGIBLE", 0.0)
+    agree(run(confident, Influence("gauss_newton")).values, expected, 1e-4)
+    assert kept[0] < kept[1] <= 3 * N
+
+
+def test_a_group_effect_is_a_standardised_term_of_the_same_class(network):
+    plain = run(network, Influence()).values
+    found = run(network, Influence(group_effect=0.7)).values
+    same = (np.array(QUERY["labels"])[:, None] == np.array(TRAIN["labels"])).astype(float)
+    term = (same - same.mean(1, keepdims=True)) / same.std(1, keepdims=True)
+    agree(found, plain + 0.7 * plain.std(1, keepdims=True) * term)
+    # A query whose class no example has keeps its scores.
+    strange = QUERY.with_format(None).map(lambda row: {"labels": 2}).with_format("torch")
+    without = TRAIN.with_format(None).filter(lambda row: row["labels"] != 2).with_format("torch")
+    values = [run(network, Influence(group_effect=w), without, strange).values for w in (None, 1.0)]
+    np.testing.assert_array_equal(*values)
+
+
 def test_automatic_settings_are_recorded(network):
     found = run(network, "influence").provenance["choices"]
     assert (found["damping"], found["solver"]) == (0.3, "dual")
@@ -313,6 +342,7 @@ def test_logistic_regression_predicts_true_leave_one_out_retraining():
         ({"normalize": "cosine"}, "normalize must be one of None, self_influence"),
         ({"dim": 8, "curvature": "hessian"}, "dim=... projects"),
         ({"curvature": "hessian", "solver": "dual"}, "no dual form"),
+        ({"group_effect": -1.0}, "group_effect must not be negative"),
         ({"last_layer": True, "modules": ("head",)}, "either last_layer"),
     ],
 )

@@ -1,10 +1,11 @@
-"""TRAK by this library and by others, on one model of one small task: seconds, trainings, LDS. Used by benchmark.py.
+"""One small task, and methods of this library and of others on it: seconds, trainings, LDS. Used by benchmark.py.
 
 The others run with the projector they take on a CPU, the same dimension and the same damping, the mean squared norm of
 the training features: without any (their default) the kernel of more dimensions than examples cannot be inverted.
 `pip install --no-deps traker==0.3.2 dattri==0.3.0`.
 """
 
+import functools
 import importlib.util
 import statistics
 import tempfile
@@ -19,7 +20,8 @@ from datasets import Dataset
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from hf_attribution import Counterfactuals, Scores, Subsets, Trak, attribute, evaluate_lds
+from hf_attribution import Counterfactuals, Influence, Scores, Subsets, Trak, attribute, evaluate_lds
+from hf_attribution.methods import Method
 from hf_attribution.tasks import Classification
 
 EPOCHS, NUM_TRAIN, NUM_QUERY = 15, 1000, 200
@@ -68,14 +70,17 @@ def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[:NUM_TRAIN], labels[:NUM_TRAIN], images[NUM_TRAIN:], labels[NUM_TRAIN:]
 
 
-def ours(model: nn.Module, data: tuple[Tensor, ...], dim: int) -> np.ndarray:
-    """TRAK by this library."""
+Run = Callable[[nn.Module, tuple[Tensor, ...]], np.ndarray]
+
+
+def ours(model: nn.Module, data: tuple[Tensor, ...], method: Method) -> np.ndarray:
+    """A method of this library."""
     train_set, query_set = (
         Dataset.from_dict({"pixel_values": data[i].numpy(), "labels": data[i + 1].numpy()}).with_format("torch")
         for i in (0, 2)
     )
     return attribute(
-        model, train_set, query_set, method=Trak(dim=dim), task=Classification(), batch_size=100, progress=False
+        model, train_set, query_set, method=method, task=Classification(), batch_size=100, progress=False
     ).values
 
 
@@ -139,11 +144,28 @@ class _Logits(nn.Module):
         return logits_of(self.model, images)
 
 
-LIBRARIES: dict[str, tuple[str, Callable[[nn.Module, tuple[Tensor, ...], int], np.ndarray]]] = {
-    "hf_attribution": ("hf_attribution", ours),
-    "traker": ("trak", traker),
-    "dattri": ("dattri", dattri),
-}
+def trak_libraries(dim: int) -> dict[str, Run]:
+    """TRAK with one dimension of the projection, by the libraries that are installed."""
+    others: dict[str, tuple[str, Callable[..., np.ndarray]]] = {
+        "traker": ("trak", traker),
+        "dattri": ("dattri", dattri),
+    }
+    return {"hf_attribution": functools.partial(ours, method=Trak(dim=dim))} | {
+        name: functools.partial(run, dim=dim)
+        for name, (package, run) in others.items()
+        if importlib.util.find_spec(package)
+    }
+
+
+def influence_functions() -> dict[str, Run]:
+    """The exact influence functions that this library takes through kernels."""
+    methods = {
+        "fisher": Influence(),
+        "fisher, normalize='self_influence'": Influence(normalize="self_influence"),
+        "fisher, group_effect=1": Influence(group_effect=1.0),
+        "gauss_newton": Influence("gauss_newton"),
+    }
+    return {name: functools.partial(ours, method=method) for name, method in methods.items()}
 
 
 def ground_truth(data: tuple[Tensor, ...]) -> Counterfactuals:
@@ -161,26 +183,39 @@ def ground_truth(data: tuple[Tensor, ...]) -> Counterfactuals:
     return Counterfactuals(subsets, outputs, protocol={"name": "resampled", "fraction": 0.5, "seeds": SEEDS})
 
 
-def compare(dim: int, repeats: int) -> list[tuple[str, str, str, str]]:
-    """Rows of a table: library, seconds, trainings, LDS with interval; medians over alternating repeats."""
+def compare(runs: dict[str, Run], repeats: int) -> list[tuple[str, str, str, str, str]]:
+    """Rows of a table: name, seconds, trainings, LDS and partial LDS; medians over alternating repeats."""
     data = load()
     truth = ground_truth(data)
-    installed = {name: run for name, (package, run) in LIBRARIES.items() if importlib.util.find_spec(package)}
-    seconds: dict[str, list[float]] = {name: [] for name in ("training", *installed)}
+    labels = Dataset.from_dict({"labels": data[1].numpy()})
+    seconds: dict[str, list[float]] = {name: [] for name in ("training", *runs)}
     scores: dict[str, np.ndarray] = {}
     for _ in range(repeats):
         started = time.process_time()
         model = train(data[0], data[1], seed=0)
         seconds["training"].append(time.process_time() - started)
-        for name, run in installed.items():
+        for name, run in runs.items():
             started = time.process_time()
-            scores[name] = run(model, data, dim)
+            scores[name] = run(model, data)
             seconds[name].append(time.process_time() - started)
     training = statistics.median(seconds["training"])
-    rows = [("one training", f"{training:.2f}", "1", "")]
+    rows = [("one training", f"{training:.2f}", "1", "", "")]
     for name, values in scores.items():
-        report = evaluate_lds(Scores(np.ascontiguousarray(values, dtype=np.float32), method=name), truth)
-        low, high = report.confidence_interval
+        report = evaluate_lds(Scores(np.ascontiguousarray(values, dtype=np.float32), method=name), truth, labels)
+        assert report.partial_lds is not None
+        assert report.partial_confidence_interval is not None
         median = statistics.median(seconds[name])
-        rows.append((name, f"{median:.2f}", f"{median / training:.2f}", f"{report.lds:.3f} [{low:.2f}, {high:.2f}]"))
+        rows.append(
+            (
+                name,
+                f"{median:.2f}",
+                f"{median / training:.2f}",
+                _with_interval(report.lds, report.confidence_interval),
+                _with_interval(report.partial_lds, report.partial_confidence_interval),
+            )
+        )
     return rows
+
+
+def _with_interval(value: float, interval: tuple[float, float]) -> str:
+    return f"{value:.3f} [{interval[0]:.2f}, {interval[1]:.2f}]"
