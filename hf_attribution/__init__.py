@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hf_attribution.scores import Scores
     from hf_attribution.tasks import infer_task
     from hf_attribution.trainer import AttributionMixin, AttributionTrainer
+    from hf_attribution.tuning import CrossFit, choose, cross_fit
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ _MODULES = {
     "scores": ("Scores",),
     "tasks": ("infer_task",),
     "trainer": ("AttributionMixin", "AttributionTrainer"),
+    "tuning": ("CrossFit", "choose", "cross_fit"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -69,6 +71,7 @@ __all__ = [
     "AttributionTrainer",
     "Checkpoint",
     "Counterfactuals",
+    "CrossFit",
     "Ensemble",
     "GradCos",
     "GradDot",
@@ -83,6 +86,8 @@ __all__ = [
     "TracIn",
     "Trak",
     "attribute",
+    "choose",
+    "cross_fit",
     "evaluate_lds",
     "infer_task",
     "metric_path",
