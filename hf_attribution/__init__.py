@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Random,
         RepresentationSimilarity,
         TracIn,
+        TrackStar,
         Trak,
     )
     from hf_attribution.problem import Checkpoint
@@ -55,6 +56,7 @@ _MODULES = {
         "Random",
         "RepresentationSimilarity",
         "TracIn",
+        "TrackStar",
         "Trak",
     ),
     "problem": ("Checkpoint",),
@@ -84,6 +86,7 @@ __all__ = [
     "Scores",
     "Subsets",
     "TracIn",
+    "TrackStar",
     "Trak",
     "attribute",
     "choose",

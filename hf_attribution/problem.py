@@ -18,6 +18,7 @@ from hf_attribution.data import Split
 from hf_attribution.errors import MismatchError
 from hf_attribution.gradients.features import FeatureStore, compute_features
 from hf_attribution.gradients.held import Source
+from hf_attribution.gradients.moments import DividedGradients, SecondMoments
 from hf_attribution.gradients.per_example import PerExampleGradients
 from hf_attribution.gradients.products import feature_products, gradient_products, squared_lengths
 from hf_attribution.gradients.projections import Projection
@@ -174,6 +175,7 @@ class Problem:
         split: Split,
         projection: Projection,
         modules: Sequence[str] | None = None,
+        moments: SecondMoments | None = None,
     ) -> FeatureStore:
         """The stored projected gradients of a split, computed if they are not there yet.
 
@@ -183,6 +185,7 @@ class Problem:
             split: `train` or `query`.
             projection: The projection.
             modules: Patterns of the modules whose parameters count.
+            moments: Divide the gradients by the roots of these second moments before they are projected.
 
         Returns:
             Features of every row of the split.
@@ -195,12 +198,14 @@ class Problem:
             "function": function.__name__,
             "projection": dataclasses.asdict(projection),
             "modules": list(modules) if modules is not None else None,
+            "moments": moments.fingerprint if moments is not None else None,
         }
         path = self.cache_dir / "features" / f"{split.name}-{fingerprint(json.dumps(settings, sort_keys=True))}"
         if path.exists():
             return FeatureStore(path)
         gradients = self.gradients(model, function, split, modules)
-        return compute_features(path, split, gradients, projection, settings, self.device, self.progress)
+        divided = DividedGradients(gradients, moments) if moments is not None else gradients
+        return compute_features(path, split, divided, projection, settings, self.device, self.progress)
 
     @functools.cached_property
     def weights(self) -> list[str]:

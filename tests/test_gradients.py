@@ -13,6 +13,8 @@ from hf_attribution.data import Batch
 from hf_attribution.errors import NonFiniteError, UnsupportedError
 from hf_attribution.gradients import terms as term_module
 from hf_attribution.gradients.checks import chosen_parameters
+from hf_attribution.gradients.held import Source
+from hf_attribution.gradients.moments import EPSILON, second_moments
 from hf_attribution.gradients.per_example import PerExampleGradients
 from hf_attribution.gradients.rules import by_example
 from hf_attribution.gradients.terms import Dense, Lookup, Outer, dense, inner_products, squared_norms
@@ -96,6 +98,44 @@ def shaken(model):
 def test_families(family):
     model, batch = models.make(family)
     check(model, infer_task(model).losses, batch)
+
+
+def moments_overall(gradients, found):
+    """The mean square of all entries of all gradients."""
+    squares = sum(dense([term]).square().mean(0).sum() for terms in found.terms.values() for term in terms)
+    return squares / gradients.num_parameters
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "vit", "resnet", "t5"])
+def test_factored_second_moments_are_the_means_of_squared_gradients(family):
+    model, batch = models.make(family)
+    gradients = PerExampleGradients(model, infer_task(model).losses, probe_of(batch))
+
+    class Rows:
+        def batches(self, only):
+            yield as_batch(batch)
+
+        def __len__(self):
+            return len(as_batch(batch).indices)
+
+    moments = second_moments(Source(gradients, Rows()))
+    found, divided = gradients(as_batch(batch)), moments.divide(gradients(as_batch(batch)))
+    for name, parameter in gradients.parameters.items():
+        if len(found.terms.get(name, [])) != 1:
+            continue  # of a weight that is used twice each use counts for itself
+        matrix = dense(found.terms[name]).view(len(found.values), len(parameter), -1)
+        mean = matrix.square().mean(0)
+        unit = mean.mean()
+        if unit < 1e-8 * moments_overall(gradients, found):
+            assert (moments.rows[name] == 1).all()
+            continue
+        torch.testing.assert_close(moments.rows[name], mean.mean(1) / unit + EPSILON, rtol=1e-4, atol=1e-6)
+        expected = mean.mean(0) + EPSILON * unit
+        torch.testing.assert_close(moments.columns[name], expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+        whole = moments.rows[name][:, None] * moments.columns[name]
+        assert type(divided.terms[name][0]) is type(found.terms[name][0])
+        ours = dense(divided.terms[name]).view_as(matrix)
+        torch.testing.assert_close(ours, matrix / whole.sqrt(), rtol=1e-3, atol=1e-5 * float(ours.abs().max()))
 
 
 # Attention of these (or their experts) is written for float32.

@@ -406,7 +406,7 @@ def test_self_influence_is_the_diagonal_of_the_scores(name, model, train):
     assert own.std() > 0
 
 
-@pytest.mark.parametrize("name", ["random", "label_match", "representation_similarity", "grad_cos"])
+@pytest.mark.parametrize("name", ["random", "label_match", "representation_similarity", "grad_cos", "trackstar"])
 def test_methods_without_self_influence_say_so(name, model, train):
     with pytest.raises(UnsupportedError, match=f"{name} gives no example an influence on itself"):
         self_influence(model, train, method=name, data_collator=PadTokens(), progress=False)
@@ -420,3 +420,23 @@ def test_only_the_last_layer_counts_if_asked(name, model, train, query):
     assert not np.array_equal(last, scores(model, train, query, get_method(name)))
     with pytest.raises(ValueError, match="either last_layer=True or modules="):
         get_method(name, last_layer=True, modules=("classifier",))
+
+
+def test_trackstar_with_a_lossless_projection_equals_its_closed_form(model, train, query):
+    # One weight matrix, sketched to as many dimensions as it has entries: that only permutes them and changes signs.
+    task, weight = Classification(), model.classifier.weight
+    names = [name for name, _ in model.named_parameters()]
+    columns = slice(*(sum(p.numel() for p in list(model.parameters())[: names.index("classifier.weight") + k])
+                      for k in (0, 1)))  # fmt: skip
+    gains, measured = (brute_force_gradients(model, rows, f)[0][:, columns].view(-1, *weight.shape)
+                       for rows, f in ((train, task.gains), (query, task.measurement)))  # fmt: skip
+    squares = gains.square().mean(0)
+    row, column, mean = squares.mean(1), squares.mean(0), squares.mean()
+    moments = (row / mean + 1e-3)[:, None] * (column + 1e-3 * mean)
+    gains, measured = (g.div(moments.sqrt()).flatten(1) for g in (gains, measured))
+    mixed = sum(share * g.T @ g / g.square().sum() for share, g in ((0.3, measured), (0.7, gains)))
+    inverse = torch.linalg.inv(mixed + 0.2 * mixed.trace() / len(mixed) * torch.eye(len(mixed)))
+    lengths = [torch.einsum("ip,pq,iq->i", g, inverse, g).sqrt() for g in (measured, gains)]
+    expected = measured @ inverse @ gains.T / lengths[0][:, None] / lengths[1]
+    method = get_method("trackstar", dim=weight.numel(), mix=0.3, damping=0.2, modules=("classifier.weight",))
+    np.testing.assert_allclose(scores(model, train, query, method), expected.numpy(), rtol=1e-3, atol=1e-4)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from hf_attribution.data import Split
 from hf_attribution.errors import ArtefactError, MismatchError
 from hf_attribution.gradients.checks import refuse_non_finite
+from hf_attribution.gradients.moments import DividedGradients
 from hf_attribution.gradients.per_example import PerExampleGradients
 from hf_attribution.gradients.projections import Projection
 
@@ -71,7 +72,7 @@ class FeatureStore:
 def compute_features(
     path: Path,
     split: Split,
-    gradients: PerExampleGradients,
+    gradients: PerExampleGradients | DividedGradients,
     projection: Projection,
     settings: dict[str, Any],
     device: torch.device,

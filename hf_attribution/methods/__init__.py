@@ -13,6 +13,7 @@ from hf_attribution.methods.logra import LoGra
 from hf_attribution.methods.random import Random
 from hf_attribution.methods.representation_similarity import RepresentationSimilarity
 from hf_attribution.methods.tracin import TracIn
+from hf_attribution.methods.trackstar import TrackStar
 from hf_attribution.methods.trak import Trak
 
 
@@ -35,6 +36,7 @@ METHODS: dict[str, type[Method]] = _Methods(
             TracIn,
             Trak,
             LoGra,
+            TrackStar,
             Influence,
         )
     }
@@ -81,6 +83,7 @@ __all__ = [
     "RepresentationSimilarity",
     "Scored",
     "TracIn",
+    "TrackStar",
     "Trak",
     "get_method",
 ]

@@ -1,0 +1,93 @@
+"""TrackStar: cosines of projected gradients in the geometry of the optimiser and of the gradients' correlations."""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_attribution.gradients.features import FeatureStore
+from hf_attribution.gradients.held import Source
+from hf_attribution.gradients.moments import second_moments
+from hf_attribution.gradients.projections import Projection
+from hf_attribution.methods.base import GradientMethod, Scored, positive_damping
+from hf_attribution.problem import Problem
+
+AUTO_DAMPING = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackStar(GradientMethod):
+    """Cosine of `R^(-1/2) P (gradient / √V)` of query and example, averaged over the checkpoints.
+
+    V are the second moments of the training gradients, as Adafactor keeps them. P is a two-sided random projection. R
+    is the mixed autocorrelation of the projections: `mix` times the queries' mean outer product, the rest the
+    training examples'. The paper keeps a block of R per layer; here it is of all layers' projections together.
+
+    Args:
+        dim: Dimension of the projection.
+        mix: Share of the queries in R: what all queries have in common says little about any of them.
+        damping: Added to R, as a multiple of its mean eigenvalue; `"auto"` uses .1.
+        seed: Seed of the projection.
+        modules: Patterns of the modules whose parameters count; all by default.
+        last_layer: Only the parameters of the last linear layer count.
+    """
+
+    dim: int = 2048
+    mix: float = 0.5
+    damping: float | str = "auto"
+    seed: int = 0
+
+    name: ClassVar[str] = "trackstar"
+    paper: ClassVar[str] = (
+        "Chang et al. 2024, Scalable influence and fact tracing for large language model pretraining"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive_damping(self.damping, AUTO_DAMPING)
+        if not 0 <= self.mix <= 1:
+            raise ValueError(f"mix must be between 0 and 1, not {self.mix}.")
+
+    def score(self, problem: Problem) -> Scored:
+        """Whiten the projections, and compare their directions."""
+        damping = positive_damping(self.damping, AUTO_DAMPING)
+
+        def cosines(model: nn.Module, number: int) -> np.ndarray:
+            modules, projection = self.modules_of(model), Projection(self.dim, self.seed + number)
+            gains = problem.gradients(model, problem.task.gains, problem.train, modules)
+            moments = second_moments(Source(gains, problem.train))
+            train = problem.features(model, problem.task.gains, problem.train, projection, modules, moments)
+            query = problem.features(model, problem.task.measurement, problem.query, projection, modules, moments)
+            mixed = self.mix * _autocorrelation(query) + (1 - self.mix) * _autocorrelation(train)
+            return _whitened_cosines(query, train, _factor(mixed, damping))
+
+        return Scored(problem.average(cosines), {"damping": damping})
+
+
+def _autocorrelation(features: FeatureStore) -> Tensor:
+    """Mean outer product, of trace 1, `[dim, dim]` in double precision."""
+    total = torch.zeros(features.dim, features.dim, dtype=torch.float64)
+    for _, block in features.blocks():
+        total += block.T @ block
+    trace = total.trace()
+    return total / trace if trace > 0 else total
+
+
+def _factor(matrix: Tensor, damping: float) -> Tensor:
+    """The Cholesky factor of the damped matrix, whose inverse whitens as the inverse root does, but for a rotation."""
+    mean = float(matrix.trace()) / len(matrix)
+    return torch.linalg.cholesky(matrix + damping * (mean if mean > 0 else 1.0) * torch.eye(len(matrix)).to(matrix))
+
+
+def _whitened_cosines(query: FeatureStore, train: FeatureStore, factor: Tensor) -> np.ndarray:
+    def whitened(block: Tensor) -> Tensor:
+        solved = torch.linalg.solve_triangular(factor, block.T.double(), upper=False).T
+        return torch.nn.functional.normalize(solved.float())
+
+    queries = torch.cat([whitened(block) for _, block in query.blocks()])
+    scores = np.empty((len(query), len(train)), dtype=np.float32)
+    for where, block in train.blocks():
+        scores[:, where] = (queries @ whitened(block).T).numpy()
+    return scores
