@@ -166,7 +166,7 @@ class Problem:
             train = self.features(model, self.task.gains, self.train, Projection(dim, seed), modules)
             return torch.cat([block.square().sum(1) for _, block in train.blocks()]).numpy()
         train_gradients = self.gradients(model, self.task.gains, self.train, modules)
-        return squared_lengths(Source(train_gradients, self.train)).numpy()
+        return squared_lengths(Source(train_gradients, self.train)).float().numpy()
 
     def features(
         self,

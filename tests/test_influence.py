@@ -125,6 +125,24 @@ def test_what_fits_in_memory_does_not_change_a_score(network, curvature, monkeyp
         agree(run(network, Influence(curvature, solver, 3.0)).values, values)
 
 
+@pytest.mark.parametrize("normalize", [None, "self_influence"])
+@pytest.mark.parametrize(("curvature", "solver"), CASES)
+def test_models_in_double_precision(network, curvature, solver, normalize):
+    damping = 3.0 if curvature == "hessian" else 0.3
+    expected, own, _ = brute_force(network, curvature, damping=damping)
+    expected = expected / own.sqrt() if normalize else expected
+
+    def collate(rows):
+        return {
+            "points": torch.stack([row["points"] for row in rows]).double(),
+            "labels": torch.stack([row["labels"] for row in rows]),
+        }
+
+    method = Influence(curvature, solver, damping, normalize, tolerance=1e-10)
+    found = run(copy.deepcopy(network).double(), method, data_collator=collate).values
+    agree(found, expected.numpy(), 2e-5 if curvature == "gauss_newton" else 1e-6)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_gauss_newton_with_label_smoothing(network, smoothing):
     task = Classification(label_smoothing=smoothing)

@@ -32,18 +32,18 @@ class Products:
     def scores(self) -> np.ndarray:
         """`u (H + λI)⁻¹ g`: float32 `[Q, N]`."""
         assert self._queries is not None
-        scores = torch.zeros(len(self._queries), len(self._gains))
+        scores = torch.zeros(len(self._queries), len(self._gains), dtype=torch.float32)
         for where, block in self._queries.blocks():
             solved = self._solved(block)
             for columns, gain in self._gains:
-                scores[where[:, None], columns] = (solved @ gain.T).cpu()
+                scores[where[:, None], columns] = (solved @ gain.T).to(scores)
         return scores.numpy()
 
     def self_influence(self) -> np.ndarray:
         """`g (H + λI)⁻¹ g`: float32 `[N]`."""
-        own = torch.zeros(len(self._gains))
+        own = torch.zeros(len(self._gains), dtype=torch.float32)
         for columns, gain in self._gains.blocks():
-            own[columns] = (self._solved(gain) * gain).sum(1).cpu()
+            own[columns] = (self._solved(gain) * gain).sum(1).to(own)
         return own.numpy()
 
     def _solved(self, rhs: Tensor) -> Tensor:

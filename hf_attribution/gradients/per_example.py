@@ -105,6 +105,11 @@ class PerExampleGradients:
         return next(iter(self.parameters.values())).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """In which inner products of the gradients are taken: single precision, or that of the parameters if more."""
+        return torch.promote_types(torch.float32, next(iter(self.parameters.values())).dtype)
+
+    @property
     def num_parameters(self) -> int:
         """How many numbers one gradient has."""
         return sum(parameter.numel() for parameter in self.parameters.values())

@@ -64,12 +64,12 @@ def gradient_products(
 
 
 def squared_lengths(source: Source) -> Tensor:
-    """Squared lengths of all gradients of a source: float32 `[N]`, in dataset order."""
-    found = torch.zeros(len(source.split))
+    """Squared lengths of all gradients of a source: `[N]`, in dataset order."""
+    found = torch.zeros(len(source.split), dtype=source.gradients.dtype)
     for held in source.batches():
         lengths = held.norms().square()
         refuse_non_finite(lengths, held.indices, "The squared length of a gradient")
-        found[held.indices] = lengths.float().cpu()
+        found[held.indices] = lengths.to(found)
     return found
 
 
@@ -86,12 +86,13 @@ def gradient_kernel(
         progress: Whether to show a progress bar.
 
     Returns:
-        float32 `[n, n]`, in the order of the sources and of their datasets' rows, and for each other source of m rows
-        its inner products with them, `[m, n]`.
+        `[n, n]`, in the order of the sources and of their datasets' rows, and for each other source of m rows its
+        inner products with them, `[m, n]`; float32, for models in double precision float64.
     """
     examples = np.concatenate([source.rows for source in rows])
     size = len(examples)
-    kernel, crosses = torch.zeros(size, size), [torch.zeros(len(other.split), size) for other in others]
+    kernel = torch.zeros(size, size, dtype=rows[0].gradients.dtype)
+    crosses = [kernel.new_zeros(len(other.split), size) for other in others]
     done = np.zeros(size, dtype=bool)
     with tqdm(total=size, desc="gradient kernel", unit="rows", leave=False, disable=not progress) as bar:
         while not done.all():
@@ -113,12 +114,12 @@ def gradient_kernel(
                         products = batch.products(tile)
                         what = f"An inner product with the gradient of the {source.split.name} row"
                         refuse_non_finite(products, batch.indices, what)
-                        cross[batch.indices[:, None], tile.indices] = products.cpu()
+                        cross[batch.indices[:, None], tile.indices] = products.to(cross)
     return kernel, crosses
 
 
 def _fill(kernel: Tensor, one: Held, other: Held) -> None:
-    products = one.products(other).cpu()
+    products = one.products(other).to(kernel)
     kernel[one.indices[:, None], other.indices] = products
     kernel[other.indices[:, None], one.indices] = products.T
 
