@@ -153,7 +153,9 @@ def test_banzhaf_values_of_a_known_game():
     outputs = game(masks, WEIGHTS, PAIRS)
     expected = [outputs[masks[:, i] == 1].mean() - outputs[masks[:, i] == 0].mean() for i in range(6)]
     found = estimate(play(Subsets.independent(6, 20_000)), "banzhaf")
-    np.testing.assert_allclose(found.values[0], expected, atol=0.25)  # the sample leaves out the two that are no subsets
+    np.testing.assert_allclose(
+        found.values[0], expected, atol=0.25
+    )  # the sample leaves out the two that are no subsets
     assert found.provenance["choices"]["subset_sizes"] == "independent"
 
 
@@ -200,7 +202,7 @@ def test_the_lasso_is_scikit_learns_with_the_same_folds(shape):
             expected = kind(cv=folds, tol=1e-6, max_iter=20_000, **settings).fit(masks.astype(float), outputs[query])
             if shape != (30, 100):  # there errors hardly differ between penalties
                 assert found.penalties[query] == pytest.approx(expected.alpha_, rel=1e-4)
-            settings = {"alpha": found.penalties[query], "l1_ratio": ratio, "tol": 1e-10, "max_iter": 100_000}
+            settings = {"alpha": found.penalties[query], "l1_ratio": ratio, "tol": 1e-8, "max_iter": 20_000}
             expected = linear_model.ElasticNet(**settings).fit(masks.astype(float), outputs[query])
             np.testing.assert_allclose(found.coefficients[query], expected.coef_, atol=1e-3)
     other_unit = fit_lasso(masks, 1000 * outputs)
