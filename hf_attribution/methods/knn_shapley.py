@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from hf_attribution.methods.base import Method, Scored
 from hf_attribution.methods.groups import groups_of
@@ -46,22 +46,40 @@ class KNNShapley(Method):
     def score(self, problem: Problem) -> Scored:
         """Sort the examples by similarity, for every query."""
         query_labels, train_labels = groups_of(problem, self.column, self.name)
-        compare = SIMILARITIES[self.similarity]
 
         def one_model(model: nn.Module, number: int) -> np.ndarray:
             query, train = (
                 representations(model, problem, split, self.layer, self.pooling)
                 for split in (problem.query, problem.train)
             )
-            values = np.empty(problem.shape, dtype=np.float32)
-            size = max(1, BLOCK_SIZE // len(train))
-            for start in range(0, len(query), size):
-                rows = slice(start, start + size)
-                same = query_labels[rows, None] == train_labels
-                values[rows] = knn_shapley(compare(query[rows], train).numpy(), same, self.k)
-            return values
+            return knn_shapley_scores(query, train, query_labels, train_labels, self.k, self.similarity)
 
         return Scored(problem.average(one_model))
+
+
+def knn_shapley_scores(
+    query: Tensor, train: Tensor, query_labels: np.ndarray, train_labels: np.ndarray, k: int, similarity: str
+) -> np.ndarray:
+    """Shapley values for given states, a block of queries at a time.
+
+    Args:
+        query: States `[Q, d]`.
+        train: States `[N, d]`.
+        query_labels: `[Q]`.
+        train_labels: `[N]`.
+        k: Neighbours.
+        similarity: One of `SIMILARITIES`.
+
+    Returns:
+        float32 `[Q, N]`.
+    """
+    values = np.empty((len(query), len(train)), dtype=np.float32)
+    size = max(1, BLOCK_SIZE // len(train))
+    for start in range(0, len(query), size):
+        rows = slice(start, start + size)
+        similarities = SIMILARITIES[similarity](query[rows], train).numpy()
+        values[rows] = knn_shapley(similarities, query_labels[rows, None] == train_labels, k)
+    return values
 
 
 def knn_shapley(similarities: np.ndarray, same: np.ndarray, k: int) -> np.ndarray:
