@@ -1,8 +1,8 @@
-"""What the library costs, as ratios measured side by side in one run. One thread, if not asked for more; medians over
-alternating repeats.
+"""What the library costs, as ratios measured side by side in one run. Medians over alternating repeats.
 
     python scripts/benchmark.py                                  # everything
     python scripts/benchmark.py --sections features trak         # some of it
+    python scripts/benchmark.py --sections datamodel --threads 2
 
 Sections:
   features   projected gradients of the demo's three models against one plain forward and backward pass over the rows
@@ -272,9 +272,8 @@ def benchmark_datamodel(arguments: Arguments, console: Console) -> None:
     penalties = [fit.alpha_ for fit in fits] / outputs[:timed].std(axis=1) / ours.penalties[:timed]
     table = Table("solver", "seconds for 200 queries", "slower than ours", title="2,000 x 1,000 x 200, 5 folds")
     table.add_row("hf_attribution", f"{seconds:.1f}", "1")
-    table.add_row(
-        "scikit-learn LassoCV", f"{each * num_queries:.0f} ({timed} timed)", f"{each * num_queries / seconds:.0f}"
-    )
+    library = each * num_queries
+    table.add_row("scikit-learn LassoCV", f"{library:.0f} ({timed} timed)", f"{library / seconds:.0f}")
     try:
         from celer import celer_path
     except ImportError:
