@@ -14,18 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_attribution.errors import ConvergenceError
+
 # Up to this many columns the products of the design with itself are kept, where they are also the cheaper ones.
 MAX_GRAM = 8192
 
 QUERY_BLOCK = 256
-MAX_ITERATIONS = 20_000
+# The paths serve to choose the penalty alone, and may stop short of their tolerance.
+PATH_ITERATIONS, MAX_ITERATIONS = 1000, 50_000
 
-# Duality gaps, as shares of the outputs' variance: of the paths, and of the final fit.
-PATH_TOLERANCE, FINAL_TOLERANCE = 1e-5, 1e-9
+# Duality gaps, as shares of the outputs' variance: of the paths (scikit-learn's default), and of the final fit.
+PATH_TOLERANCE, FINAL_TOLERANCE = 1e-4, 1e-9
 
 # A path ends where its cross-validated error is above its minimum by this share of the error of predicting the mean:
 # what follows are weaker and weaker penalties, which only fit more noise and take longest.
-PAST_MINIMUM = 0.1
+PAST_MINIMUM = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,7 @@ def fit_lasso(
     l1_ratio: float = 1.0,
     num_folds: int = 5,
     num_penalties: int = 100,
-    smallest: float = 1e-3,
+    smallest: float | None = None,
 ) -> LassoFit:
     """Fit `|y - b - X w|² / 2M + α (ρ |w|₁ + (1 - ρ) |w|² / 2)` for each query, α by cross-validation, b free.
 
@@ -65,10 +68,14 @@ def fit_lasso(
         l1_ratio: ρ, 1 for LASSO, between 0 and 1 for the elastic net.
         num_folds: Folds of the cross-validation.
         num_penalties: Penalties in the grid, evenly in their logarithm.
-        smallest: The weakest penalty, as a share of the weakest that makes all coefficients zero.
+        smallest: The weakest penalty, as a share of the weakest that makes all coefficients zero. By default .001, or
+            .01 where there are fewer rows than columns (as in glmnet): weaker ones reproduce any outputs.
 
     Returns:
         The fits.
+
+    Raises:
+        ConvergenceError: A final fit did not reach its tolerance.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -85,6 +92,8 @@ def fit_lasso(
     # Without scores to speak of the fold problems are solved in single precision, and only the last in double.
     problems = [_LeastSquares.of(rows, folds != fold) for fold in range(num_folds)]
     whole = _LeastSquares.of(rows.double(), torch.ones(len(rows), dtype=torch.bool))
+    if smallest is None:
+        smallest = 1e-3 if len(rows) >= rows.shape[1] else 1e-2
     shares = torch.logspace(0, math.log10(smallest), num_penalties, dtype=torch.float64)
     coefficients, penalties, indices = [], [], []
     for block in targets.split(QUERY_BLOCK, dim=1):
@@ -93,7 +102,13 @@ def fit_lasso(
         chosen = errors.argmin(0)
         penalty = strongest * shares[chosen]
         start = torch.zeros(rows.shape[1], block.shape[1], dtype=torch.float64)
-        coefficients.append(whole.minimize(block, penalty, l1_ratio, start, FINAL_TOLERANCE)[0])
+        found, _, converged = whole.minimize(block, penalty, l1_ratio, start, FINAL_TOLERANCE, MAX_ITERATIONS)
+        if not converged:
+            raise ConvergenceError(
+                f"The LASSO did not reach a duality gap of {FINAL_TOLERANCE:.0e} in {MAX_ITERATIONS} iterations: retrain "
+                "on more subsets, or use penalty='ridge'."
+            )
+        coefficients.append(found)
         penalties.append(penalty)
         indices.append(chosen)
     return LassoFit(
@@ -114,8 +129,8 @@ def _path_errors(
         error = torch.zeros(len(going))
         for number, problem in enumerate(problems):
             own = targets[:, going]
-            states[number], center = problem.minimize(
-                own, strongest[going] * share, ratio, states[number], PATH_TOLERANCE
+            states[number], center, _ = problem.minimize(
+                own, strongest[going] * share, ratio, states[number], PATH_TOLERANCE, PATH_ITERATIONS
             )
             held = ~problem.kept
             # Single folds count by their size: an error is the mean over all subsets.
@@ -176,12 +191,12 @@ class _LeastSquares:
         return 1.05 * float(norm)  # power iteration comes from below
 
     def minimize(
-        self, targets: Tensor, penalty: Tensor, ratio: float, start: Tensor, tolerance: float
-    ) -> tuple[Tensor, Tensor]:
+        self, targets: Tensor, penalty: Tensor, ratio: float, start: Tensor, tolerance: float, max_iterations: int
+    ) -> tuple[Tensor, Tensor, bool]:
         """Minimize for one penalty a query. Queries that have converged leave the iteration.
 
         Returns:
-            Coefficients `[N, Q]` and intercepts `[Q]`.
+            Coefficients `[N, Q]`, intercepts `[Q]`, and whether all queries have converged.
         """
         result = start.clone()
         linear, energy = self.linear(targets), _variance(targets[self.kept])
@@ -190,13 +205,13 @@ class _LeastSquares:
         current, product = start, self.products(start)
         ahead, ahead_product, momentum = current, product, 1.0
         size = 1 / self.lipschitz
-        for iteration in range(MAX_ITERATIONS + 1):
+        for iteration in range(max_iterations + 1):
             if iteration % 4 == 0:
                 gap = _duality_gap(current, product, linear, energy, lasso, ridge)
                 open_ = gap > tolerance * energy
-                if iteration == MAX_ITERATIONS or open_.float().mean() <= 0.7:
+                if iteration == max_iterations or open_.float().mean() <= 0.7:
                     result[:, going] = current
-                    if iteration == MAX_ITERATIONS or not open_.any():
+                    if iteration == max_iterations or not open_.any():
                         break
                     current, product, ahead, ahead_product, linear = (
                         each[:, open_] for each in (current, product, ahead, ahead_product, linear)
@@ -211,7 +226,7 @@ class _LeastSquares:
             ahead = new + inertia * (new - current)
             ahead_product = new_product + inertia * (new_product - product)
             current, product, momentum = new, new_product, following
-        return result, targets[self.kept].mean(0) - self.mean @ result
+        return result, targets[self.kept].mean(0) - self.mean @ result, not bool(open_.any())
 
 
 def _variance(targets: Tensor) -> Tensor:
