@@ -61,13 +61,14 @@ def test_datamodels_recover_a_linear_truth(penalty, draw):
 def test_a_sparse_truth_is_found_with_fewer_subsets_than_examples():
     values = truth(num_examples=200, nonzero=5)
     outputs = retrained(Subsets.random(200, 100), values, noise=0.1)
-    found = {penalty: estimate(outputs, penalty=penalty).values for penalty in ("lasso", "ridge")}
+    sparse = estimate(outputs)
+    found = {"lasso": sparse.values, "ridge": estimate(outputs, penalty="ridge").values}
     error = {penalty: np.abs(each - values).mean() for penalty, each in found.items()}
     assert error["lasso"] < 0.5 * error["ridge"]
     for query in range(Q):
         largest = np.argsort(-np.abs(values[query]))[0]
         assert np.argmax(np.abs(found["lasso"][query])) == largest
-    assert estimate(outputs).provenance["choices"]["subsets_per_example"] == 0.5
+    assert sparse.provenance["choices"]["subsets_per_example"] == 0.5
 
 
 def test_subsampled_influence_is_the_difference_of_two_means():
@@ -195,19 +196,20 @@ def test_the_lasso_is_scikit_learns_with_the_same_folds(shape, monkeypatch):
     outputs = retrained(Subsets(masks), values, noise=1.0).mean()
     outputs /= outputs.std(axis=1, keepdims=True)
     folds = [(np.flatnonzero(np.arange(num_subsets) % 5 != k), np.arange(k, num_subsets, 5)) for k in range(5)]
+    centered_masks = masks - masks.mean(0)
     for ratio in (1.0, 0.5):
-        found = fit_lasso(masks, outputs, ratio, smallest=1e-2)
-        for query in range(2):
-            kind = linear_model.LassoCV if ratio == 1.0 else linear_model.ElasticNetCV
-            settings = {"eps": 1e-2} if ratio == 1.0 else {"eps": 1e-2, "l1_ratio": ratio}
-            expected = kind(cv=folds, tol=1e-6, max_iter=20_000, **settings).fit(masks.astype(float), outputs[query])
+        found = fit_lasso(masks, outputs, ratio, num_penalties=20, smallest=1e-2)
+        for query, own in enumerate(outputs):
+            strongest = np.abs((own - own.mean()) @ centered_masks).max() / num_subsets / ratio
+            settings = {"alphas": strongest * np.logspace(0, -2, 20), "cv": folds, "tol": 1e-6, "max_iter": 20_000}
+            kind = linear_model.LassoCV(**settings) if ratio == 1.0 else linear_model.ElasticNetCV(**settings)
             if shape != (20, 50):  # there errors hardly differ between penalties
-                assert found.penalties[query] == pytest.approx(expected.alpha_, rel=1e-4)
+                assert found.penalties[query] == pytest.approx(kind.fit(masks.astype(float), own).alpha_, rel=1e-4)
             settings = {"alpha": found.penalties[query], "l1_ratio": ratio, "tol": 1e-8, "max_iter": 20_000}
-            expected = linear_model.ElasticNet(**settings).fit(masks.astype(float), outputs[query])
+            expected = linear_model.ElasticNet(**settings).fit(masks.astype(float), own)
             np.testing.assert_allclose(found.coefficients[query], expected.coef_, atol=1e-3)
-    other_unit = fit_lasso(masks, 1000 * outputs)
-    np.testing.assert_allclose(other_unit.coefficients, 1000 * fit_lasso(masks, outputs).coefficients, rtol=1e-3)
+    other_unit = fit_lasso(masks, 1000 * outputs, 0.5, num_penalties=20, smallest=1e-2)
+    np.testing.assert_allclose(other_unit.coefficients, 1000 * found.coefficients, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("shape", [(120, 40), (40, 120)])
@@ -242,8 +244,8 @@ def test_constant_outputs_get_zeros_and_are_named(name):
 
 def test_queries_without_signal_are_named():
     noise = retrained(Subsets.random(200, 40), np.zeros((Q, 200)), noise=1.0)
-    choices = estimate(noise).provenance["choices"]
-    found = estimate(noise).values
+    scores = estimate(noise)
+    choices, found = scores.provenance["choices"], scores.values
     assert choices["zero_queries"] == np.flatnonzero(~found.any(axis=1)).tolist()
     assert choices["zero_queries"]
 

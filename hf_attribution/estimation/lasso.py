@@ -105,8 +105,8 @@ def fit_lasso(
         found, _, converged = whole.minimize(block, penalty, l1_ratio, start, FINAL_TOLERANCE, MAX_ITERATIONS)
         if not converged:
             raise ConvergenceError(
-                f"The LASSO did not reach a duality gap of {FINAL_TOLERANCE:.0e} in {MAX_ITERATIONS} iterations: retrain "
-                "on more subsets, or use penalty='ridge'."
+                f"The LASSO did not reach a duality gap of {FINAL_TOLERANCE:.0e} in {MAX_ITERATIONS} iterations: "
+                "retrain on more subsets, or use penalty='ridge'."
             )
         coefficients.append(found)
         penalties.append(penalty)
