@@ -91,17 +91,32 @@ class AttributeArguments:
 
         Returns:
             Settings by name.
-
-        Raises:
-            ValueError: If they are not a JSON object.
         """
-        try:
-            settings = json.loads(self.method_settings or "{}")
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--method_settings {self.method_settings!r} is not JSON: {error}.") from error
-        if not isinstance(settings, dict):
-            raise ValueError(f"""--method_settings must be a JSON object, '{{"dim": 4096}}', not {settings!r}.""")
-        return settings
+        return _settings(self.method_settings)
+
+
+@dataclass
+class EstimateArguments:
+    """What to estimate scores from, and how."""
+
+    _argument_group_name: ClassVar[str] = "estimation"
+
+    counterfactuals: str = field(metadata={"help": "File of retrainings, written by `hf-attribution retrain`."})
+    method: str = option("Estimator: datamodel, subsampled_influence, banzhaf, ame, shapley or loo.", "datamodel")
+    method_settings: str | None = option("""Its settings as JSON: '{"penalty": "ridge"}'.""")
+    output_file: str = option("Where the scores are written.", "scores.safetensors")
+
+    def __post_init__(self) -> None:
+        check_output_file(self.output_file)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The estimator's settings.
+
+        Returns:
+            Settings by name.
+        """
+        return _settings(self.method_settings)
 
 
 @dataclass
@@ -172,3 +187,21 @@ def check_output_file(path: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(file.parent, os.W_OK):
         raise PermissionError(f"--output_file {path}: the folder {file.parent} cannot be written to.")
+
+
+def _settings(text: str | None) -> dict[str, Any]:
+    """The settings of a method from an option.
+
+    Returns:
+        Settings by name.
+
+    Raises:
+        ValueError: If they are not a JSON object.
+    """
+    try:
+        settings = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--method_settings {text!r} is not JSON: {error}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"""--method_settings must be a JSON object, '{{"dim": 4096}}', not {settings!r}.""")
+    return settings

@@ -19,6 +19,7 @@ from hf_attribution.arguments import (
     AttributeArguments,
     DataArguments,
     DemoArguments,
+    EstimateArguments,
     EvaluateArguments,
     ModelArguments,
     RetrainArguments,
@@ -80,9 +81,10 @@ def attribute_command(argv: Sequence[str]) -> None:
     options = (ModelArguments, DataArguments, AttributeArguments)
     model_args, data_args, args = _parse("attribute", options, argv)
     from hf_attribution.attribution import attribute
+    from hf_attribution.methods import get_method
     from hf_attribution.workspace import checkpoints_for, load_workspace
 
-    method = _method(args)
+    method = _chosen(get_method, args)
     checkpoints = checkpoints_for(method, args.checkpoints)
     workspace = load_workspace(model_args, data_args)
     scores = attribute(
@@ -130,6 +132,18 @@ def retrain_command(argv: Sequence[str]) -> None:
     )
     truth.save(args.output_file)
     _say(f"{truth!r}: {args.output_file}")
+
+
+def estimate_command(argv: Sequence[str]) -> None:
+    """Estimate scores from the outputs of retrained models: datamodels and their relatives."""
+    (args,) = _parse("estimate", (EstimateArguments,), argv)
+    from hf_attribution.counterfactuals import Counterfactuals
+    from hf_attribution.estimation import estimate, get_estimator
+
+    estimator = _chosen(get_estimator, args)
+    scores = estimate(Counterfactuals.load(args.counterfactuals), estimator)
+    scores.save(args.output_file)
+    _say(f"{scores!r}: {args.output_file}")
 
 
 def evaluate_command(argv: Sequence[str]) -> None:
@@ -198,6 +212,11 @@ COMMANDS = {
         "--dataset_config_name sst2 --max_train_examples 2000 --max_query_examples 100 --num_subsets 50 --seeds 2 "
         "--num_train_epochs 3 --learning_rate 5e-5 --output_dir retrained --output_file truth.safetensors",
     ),
+    "estimate": Command(
+        estimate_command,
+        "scores from retrained models",
+        """--counterfactuals fit.safetensors --method datamodel --method_settings '{"penalty": "ridge"}'""",
+    ),
     "evaluate": Command(
         evaluate_command,
         "judge scores by retrained models",
@@ -253,11 +272,10 @@ def _parse(name: str, options: Sequence[Any], argv: Sequence[str]) -> tuple[Any,
     return tuple(parsed)
 
 
-def _method(args: AttributeArguments) -> Any:
-    from hf_attribution.methods import get_method
-
+def _chosen(get: Callable[..., Any], args: AttributeArguments | EstimateArguments) -> Any:
+    """The method or estimator that is named, with its settings."""
     try:
-        return get_method(args.method, **args.settings)
+        return get(args.method, **args.settings)
     except (KeyError, TypeError) as error:
         raise ValueError(error.args[0]) from error
 

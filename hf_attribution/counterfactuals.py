@@ -156,10 +156,14 @@ class Counterfactuals(Artefact):
         return float(np.sqrt(np.clip(stepped_up, 0.0, 1.0))[0])
 
     def select(self, subset_indices: Sequence[int] | np.ndarray) -> Counterfactuals:
-        """Return the subsets at these positions with their outputs, in this order."""
+        """Return the subsets at these positions with their outputs, in this order, and their share of the seconds."""
         subsets = self.subsets.select(subset_indices)
         protocol = {**self.protocol, "num_subsets": len(subsets)}
-        return Counterfactuals(subsets, self.outputs[np.asarray(subset_indices)], protocol, self.provenance)
+        provenance = dict(self.provenance)
+        if "seconds" in provenance:
+            kept = [np.count_nonzero(each.masks) for each in (subsets, self.subsets)]  # a training costs by its rows
+            provenance["seconds"] *= kept[0] / kept[1]
+        return Counterfactuals(subsets, self.outputs[np.asarray(subset_indices)], protocol, provenance)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Counterfactuals]) -> Counterfactuals:

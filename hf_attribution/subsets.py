@@ -1,4 +1,4 @@
-"""Subsets of a training set: drawn at random, by class, or leaving one out."""
+"""Subsets of a training set: drawn at random, by class, along permutations, or leaving one out."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     import datasets
 
 
+# Drawn to be compared with the whole training set, which elsewhere is a row that nobody meant.
+_WITH_WHOLE = ("whole", "leave_one_out", "permutations", "joined")
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Subsets(Artefact):
     """Subsets of a training set, one a row: which examples are trained on.
@@ -30,8 +34,8 @@ class Subsets(Artefact):
 
     Raises:
         TypeError: `masks` is not boolean.
-        ValueError: It is not `[M, N]` with N of at least 2, or a subset is empty, or the whole set and not made
-            by `whole`.
+        ValueError: It is not `[M, N]` with N of at least 2, or a subset is empty, or the whole set where it was
+            not asked for.
 
     Example:
         >>> subsets = Subsets.random(num_examples=100, num_subsets=20, fraction=0.5, seed=0)
@@ -56,7 +60,7 @@ class Subsets(Artefact):
             )
         kept = np.count_nonzero(masks, axis=1)
         wrong = {0: "empty: nothing is left to train on"}
-        if self.description.get("name") != "whole":
+        if self.description.get("name") not in _WITH_WHOLE:
             wrong[masks.shape[1]] = "the whole training set"
         for count, name in wrong.items():
             if (kept == count).any():
@@ -140,6 +144,83 @@ class Subsets(Artefact):
         return cls(masks, {"name": "stratified", "fraction": fraction, "seed": seed})
 
     @classmethod
+    def independent(
+        cls, num_examples: int, num_subsets: int, fractions: float | Sequence[float] = 0.5, seed: int = 0
+    ) -> Subsets:
+        """Draw subsets that hold each example independently: what Banzhaf values and AME are defined over.
+
+        With several fractions each subset is drawn with one of them, at random, and drawn again while its size is
+        nearer to another one's, so that the size tells the fraction. The first subsets stay when `num_subsets` grows.
+
+        Args:
+            num_examples: N, the length of the training set.
+            num_subsets: M.
+            fractions: The probability that a subset holds an example, or several to draw from.
+            seed: Of the random numbers.
+
+        Returns:
+            The subsets.
+
+        Raises:
+            ValueError: A fraction is not between 0 and 1, or a number is too small.
+
+        Example:
+            >>> Subsets.independent(1000, 3, fractions=(0.2, 0.8)).masks.mean(axis=1).round(1).tolist()
+            [0.8, 0.8, 0.2]
+        """
+        choices = np.atleast_1d(np.asarray(fractions, dtype=np.float64))
+        for fraction in choices:
+            _subset_size(num_examples, num_subsets, float(fraction))
+        generator = np.random.default_rng(seed)
+        masks = np.zeros((num_subsets, num_examples), dtype=bool)
+        for mask in masks:
+            fraction = generator.choice(choices)
+            while not 0 < np.count_nonzero(mask) < num_examples or fraction != _nearest(choices, mask.mean()):
+                mask[:] = generator.random(num_examples) < fraction
+        description = {"name": "independent", "fraction": float(choices.mean()), "seed": seed}
+        return cls(masks, description | {"fractions": choices.tolist()})
+
+    @classmethod
+    def permutations(
+        cls, num_examples: int, num_permutations: int, step: int = 1, truncation: float = 1.0, seed: int = 0
+    ) -> Subsets:
+        """Draw random orders and take the first `step`, `2 step`, ... examples of each: for Shapley values.
+
+        Args:
+            num_examples: N, the length of the training set.
+            num_permutations: Orders. The first ones stay when their number grows.
+            step: Examples added at a time. `ceil(N / step) - 1` models are trained for each order.
+            truncation: Stop an order at this share of the examples. At 1 the first row of all is the whole training
+                set, where every order ends.
+            seed: Of the random numbers.
+
+        Returns:
+            The subsets, order by order, each containing the one before.
+
+        Raises:
+            ValueError: A number is out of its range.
+
+        Example:
+            >>> Subsets.permutations(3, num_permutations=1).masks.astype(int).tolist()
+            [[1, 1, 1], [0, 0, 1], [1, 0, 1]]
+        """
+        ends = np.arange(step, num_examples, step) if 0 < step < num_examples else np.array([], dtype=int)
+        ends = ends[ends <= round(truncation * num_examples)]
+        if num_permutations < 1 or not len(ends) or truncation > 1:
+            raise ValueError(
+                f"{num_permutations} permutations of {num_examples} examples by steps of {step} up to {truncation} of "
+                "them hold no subset: give at least 1 permutation, and a step below N and the truncation, at most 1."
+            )
+        generator = np.random.default_rng(seed)
+        ranks = np.stack([generator.permutation(num_examples) for _ in range(num_permutations)])
+        masks = (ranks[:, None] < ends[:, None]).reshape(-1, num_examples)
+        if truncation == 1:
+            masks = np.concatenate([np.ones((1, num_examples), dtype=bool), masks])
+        fraction = float(ends.mean() / num_examples)
+        description = {"name": "permutations", "fraction": fraction, "seed": seed, "step": step}
+        return cls(masks, description | {"truncation": truncation})
+
+    @classmethod
     def whole(cls, num_examples: int) -> Subsets:
         """Leave nothing out: one "subset", the whole training set, to train on it again with other seeds.
 
@@ -156,12 +237,15 @@ class Subsets(Artefact):
         return cls(np.ones((1, num_examples), dtype=bool), {"name": "whole", "fraction": 1.0})
 
     @classmethod
-    def leave_one_out(cls, num_examples: int, indices: Sequence[int] | np.ndarray | None = None) -> Subsets:
+    def leave_one_out(
+        cls, num_examples: int, indices: Sequence[int] | np.ndarray | None = None, include_whole: bool = False
+    ) -> Subsets:
         """Leave out one example at a time.
 
         Args:
             num_examples: N, the length of the training set.
             indices: The examples to leave out, one subset for each; by default all.
+            include_whole: Add the whole training set as the last row, to compare with.
 
         Returns:
             The subsets, in the order of `indices`.
@@ -177,7 +261,7 @@ class Subsets(Artefact):
         outside = left_out[(left_out < 0) | (left_out >= num_examples)]
         if len(outside):
             raise IndexError(f"Example {outside[0]} is not in a training set of {num_examples}.")
-        masks = np.ones((len(left_out), num_examples), dtype=bool)
+        masks = np.ones((len(left_out) + include_whole, num_examples), dtype=bool)
         masks[np.arange(len(left_out)), left_out] = False
         return cls(masks, {"name": "leave_one_out"})
 
@@ -271,6 +355,10 @@ def _subset_size(num_examples: int, num_subsets: int, fraction: float) -> int:
             "keeps some examples and leaves some out."
         )
     return size
+
+
+def _nearest(values: np.ndarray, value: float) -> float:
+    return values[np.abs(values - value).argmin()]
 
 
 def _smallest(keys: np.ndarray, count: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from hf_attribution import Counterfactuals, Scores, attribute, evaluate_lds
 from hf_attribution.arguments import DataArguments, ModelArguments
 from hf_attribution.cli import main
 from hf_attribution.counterfactuals import Subsets
+from hf_attribution.estimation import estimate
 from hf_attribution.methods import METHODS, Trak
 from hf_attribution.workspace import load_workspace
 
@@ -197,6 +198,21 @@ def test_evaluate_prints_the_report(judged, cases, capsys):
     reviews = folders.reviews(12)
     assert capsys.readouterr().out == f"{evaluate_lds(known, truth, reviews)}\n"
     assert evaluate_lds(known, truth, reviews).partial_lds is not None
+
+
+def test_estimate_is_the_library_s_estimate(judged, capsys):
+    folder, truth, _, _ = judged
+    fit, file = folder / "fit.safetensors", folder / "estimated.safetensors"
+    truth.select(range(16)).save(fit)
+    options = ["--counterfactuals", fit, "--method", "datamodel", "--output_file", file]
+    run("estimate", *options, "--method_settings", '{"penalty": "ridge"}')
+    expected = estimate(truth.select(range(16)), penalty="ridge")
+    np.testing.assert_array_equal(Scores.load(file).values, expected.values)
+    assert "fed datamodel" in error(
+        capsys, "evaluate", "--scores", file, "--counterfactuals", folder / "truth.safetensors"
+    )
+    assert "Did you mean 'datamodel'" in error(capsys, "estimate", "--counterfactuals", fit, "--method", "datamodels")
+    assert "no setting 'alpha'" in error(capsys, "estimate", *options, "--method_settings", '{"alpha": 1}')
 
 
 def test_evaluate_compares_methods_with_their_cost(judged, capsys):

@@ -5,13 +5,16 @@ import difflib
 from typing import Any
 
 from hf_attribution.methods.base import Method, Scored
+from hf_attribution.methods.bm25 import BM25
 from hf_attribution.methods.grad_cos import GradCos
 from hf_attribution.methods.grad_dot import GradDot
 from hf_attribution.methods.influence import Influence
+from hf_attribution.methods.knn_shapley import KNNShapley
 from hf_attribution.methods.label_match import LabelMatch
 from hf_attribution.methods.logra import LoGra
 from hf_attribution.methods.random import Random
 from hf_attribution.methods.representation_similarity import RepresentationSimilarity
+from hf_attribution.methods.representer import Representer
 from hf_attribution.methods.tracin import TracIn
 from hf_attribution.methods.trackstar import TrackStar
 from hf_attribution.methods.trak import Trak
@@ -30,7 +33,10 @@ METHODS: dict[str, type[Method]] = _Methods(
         for method in (
             Random,
             LabelMatch,
+            BM25,
             RepresentationSimilarity,
+            KNNShapley,
+            Representer,
             GradDot,
             GradCos,
             TracIn,
@@ -72,15 +78,18 @@ def get_method(method: str | Method, **settings: Any) -> Method:
 
 
 __all__ = [
+    "BM25",
     "METHODS",
     "GradCos",
     "GradDot",
     "Influence",
+    "KNNShapley",
     "LabelMatch",
     "LoGra",
     "Method",
     "Random",
     "RepresentationSimilarity",
+    "Representer",
     "Scored",
     "TracIn",
     "TrackStar",

@@ -53,7 +53,7 @@ def _groups(dataset: Any, problem: Problem, column: str | None, who: str) -> np.
     labels = problem.task.labels(dataset)
     if labels is None:
         raise ValueError(
-            f"{who} needs classes, and {problem.task.name} has none: name a column to compare, "
-            "LabelMatch(column=...), or leave it out."
+            f"{who} needs classes, and {problem.task.name} has none: name a column to compare, column=..., "
+            "or leave it out."
         )
     return labels

@@ -1,0 +1,137 @@
+"""Direct estimation: scores from the outputs of retrained models, `estimate(counterfactuals, "datamodel")`.
+
+Every estimator is a function of masks and outputs, so that one set of retrained models serves them all. They need no
+gradients, no model and no data, only trainings, many: what one estimator makes of how many is measured by
+`evaluate_lds` on subsets that were not fitted on (it refuses others).
+"""
+
+import dataclasses
+import difflib
+import time
+from typing import Any
+
+import numpy as np
+
+from hf_attribution.counterfactuals import Counterfactuals
+from hf_attribution.errors import MismatchError
+from hf_attribution.estimation.ame import AME
+from hf_attribution.estimation.banzhaf import Banzhaf
+from hf_attribution.estimation.base import Estimated, Estimator
+from hf_attribution.estimation.datamodel import Datamodel
+from hf_attribution.estimation.loo import LOO
+from hf_attribution.estimation.shapley import Shapley
+from hf_attribution.estimation.subsampled_influence import SubsampledInfluence
+from hf_attribution.scores import Scores
+
+ESTIMATORS: dict[str, type[Estimator]] = {
+    estimator.name: estimator for estimator in (Datamodel, SubsampledInfluence, Banzhaf, AME, Shapley, LOO)
+}
+
+
+def get_estimator(method: str | Estimator, **settings: Any) -> Estimator:
+    """An estimator by name, with settings.
+
+    Args:
+        method: A name in `ESTIMATORS`, or an estimator, which is returned with the settings replaced.
+        **settings: Fields of the estimator.
+
+    Returns:
+        The estimator.
+
+    Raises:
+        KeyError: There is none of that name; the message suggests the nearest.
+        TypeError: It has no such setting; the message lists those it has.
+
+    Example:
+        >>> get_estimator("datamodel", penalty="ridge").penalty
+        'ridge'
+    """
+    kind = type(method) if isinstance(method, Estimator) else ESTIMATORS.get(method)
+    if kind is None:
+        close = difflib.get_close_matches(str(method), ESTIMATORS, n=1, cutoff=0.3)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise KeyError(f"Unknown estimator {method!r}.{hint} There are {', '.join(ESTIMATORS)}.")
+    known = [field.name for field in dataclasses.fields(kind)]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise TypeError(f"{kind.name} has no setting {unknown[0]!r}: it has {', '.join(known) or 'none'}.")
+    return dataclasses.replace(method, **settings) if isinstance(method, Estimator) else kind(**settings)
+
+
+def estimate(
+    counterfactuals: Counterfactuals,
+    method: str | Estimator = "datamodel",
+    held_out: Counterfactuals | None = None,
+    **settings: Any,
+) -> Scores:
+    """Estimate scores from the outputs of retrained models.
+
+    To go on with more subsets, join them and estimate again: `Counterfactuals.concatenate([first, more])`. A fit takes
+    seconds.
+
+    Args:
+        counterfactuals: Outputs after training on M subsets.
+        method: A name in `ESTIMATORS`, or an estimator with settings, `Datamodel(penalty="ridge")`.
+        held_out: The outputs that the scores will be judged by, to hear now if they share a subset. (Without it,
+            `evaluate_lds` refuses later.)
+        **settings: Fields of the estimator.
+
+    Returns:
+        `Scores` with values `[Q, N]`. Their `seconds` are those of the retrainings and of the fit; `used_subsets` are
+        the keys of the subsets.
+
+    Raises:
+        MismatchError: A subset is also held out.
+
+    Example:
+        >>> subsets = Subsets.random(num_examples=20, num_subsets=200)
+        >>> truth = np.random.default_rng(0).normal(size=(3, 20))
+        >>> outputs = Counterfactuals(subsets, (subsets.masks @ truth.T)[:, None])
+        >>> scores = estimate(outputs.select(range(150)), "datamodel", held_out=outputs.select(range(150, 200)))
+        >>> scores
+        Scores(datamodel, 3 queries x 20 training examples)
+        >>> round(evaluate_lds(scores, outputs.select(range(150, 200))).lds, 2)
+        1.0
+    """
+    estimator = get_estimator(method, **settings)
+    keys = counterfactuals.subsets.keys()
+    if held_out is not None:
+        shared = set(keys) & set(held_out.subsets.keys())
+        if shared:
+            raise MismatchError(
+                f"{len(shared)} of the {len(keys)} subsets to fit are also held out: split them first, "
+                "counterfactuals.select(rows)."
+            )
+    started = time.perf_counter()
+    values, choices = estimator.estimate(counterfactuals)
+    seconds = time.perf_counter() - started
+    provenance, protocol = counterfactuals.provenance, counterfactuals.protocol
+    known = {"fingerprints": provenance.get("fingerprints"), "measurement": protocol.get("measurement")}
+    return Scores(
+        np.asarray(values, dtype=np.float32),
+        estimator.name,
+        estimator.settings,
+        {
+            **{key: value for key, value in known.items() if value is not None},
+            "protocol": protocol,
+            "used_subsets": keys,
+            "choices": choices,
+            "seconds": provenance.get("seconds", 0.0) + seconds,
+            "fit_seconds": seconds,
+        },
+    )
+
+
+__all__ = [
+    "AME",
+    "ESTIMATORS",
+    "LOO",
+    "Banzhaf",
+    "Datamodel",
+    "Estimated",
+    "Estimator",
+    "Shapley",
+    "SubsampledInfluence",
+    "estimate",
+    "get_estimator",
+]

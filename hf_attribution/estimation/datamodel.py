@@ -1,0 +1,119 @@
+"""Datamodels: a sparse linear model of retrained outputs in which examples were trained on."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+
+from hf_attribution.counterfactuals import Counterfactuals
+from hf_attribution.estimation.base import (
+    Estimated,
+    Estimator,
+    check_memberships,
+    constant_queries,
+    logger,
+    note_constant,
+)
+from hf_attribution.estimation.lasso import fit_lasso
+from hf_attribution.estimation.ridge import fit_ridge
+
+PENALTIES = ("lasso", "elastic_net", "ridge")
+
+
+@dataclasses.dataclass(frozen=True)
+class Datamodel(Estimator):
+    """Regression of each query's outputs on the masks, with a free intercept; the scores are the coefficients.
+
+    The penalty of each query is the one that predicts subsets best that its fit has not seen. Subsets that are all of
+    one size leave the scores' common shift to the penalty: they determine differences between examples alone, which
+    is what predictions for subsets of that size need.
+
+    Args:
+        penalty: `"lasso"` (the paper's), `"elastic_net"`, or `"ridge"`, which is often best with fewer subsets than
+            examples: the LASSO can give no more examples a score than there are subsets.
+        l1_ratio: Share of the LASSO in the elastic net; 1 is the LASSO.
+        folds: Of the cross-validation. The ridge leaves out one subset at a time, in closed form.
+        num_penalties: Strengths that are tried, from one that makes all scores zero to a thousandth of it.
+    """
+
+    penalty: str = "lasso"
+    l1_ratio: float = 0.5
+    folds: int = 5
+    num_penalties: int = 100
+
+    name: ClassVar[str] = "datamodel"
+    paper: ClassVar[str] = "Ilyas et al. 2022, Datamodels: Predicting predictions from training data"
+
+    def __post_init__(self) -> None:
+        if self.penalty not in PENALTIES:
+            raise ValueError(f"penalty must be one of {', '.join(PENALTIES)}, not {self.penalty!r}.")
+        if not 0 < self.l1_ratio <= 1:
+            raise ValueError(
+                f"l1_ratio must be above 0 and at most 1 (for 0 use penalty='ridge'), not {self.l1_ratio}."
+            )
+        if self.folds < 2 or self.num_penalties < 2:
+            raise ValueError(
+                f"There must be at least 2 folds and 2 penalties, not {self.folds} and {self.num_penalties}."
+            )
+
+    def estimate(self, counterfactuals: Counterfactuals) -> Estimated:
+        """Fit one regression a query.
+
+        Args:
+            counterfactuals: Outputs of models retrained on M subsets of any kind.
+
+        Returns:
+            Values `[Q, N]`; in the choices the `penalties` chosen, `subsets_per_example`, and, where there are any,
+            `zero_queries` (the fit found no example worth a score) and `constant_queries`.
+        """
+        check_memberships(counterfactuals.subsets, self.name)
+        return self.regress(counterfactuals.subsets.masks, counterfactuals.mean())
+
+    def regress(self, design: np.ndarray, outputs: np.ndarray) -> Estimated:
+        """Fit one regression a query on any design.
+
+        Args:
+            design: `[M, N]`, a row a subset: its mask, or weights in its place.
+            outputs: `[Q, M]`.
+
+        Returns:
+            As `estimate`.
+
+        Raises:
+            ValueError: There are too few subsets for the folds.
+        """
+        num_subsets, num_examples = design.shape
+        if num_subsets < max(3, self.folds):
+            raise ValueError(
+                f"{self.name} needs at least {max(3, self.folds)} subsets to choose a penalty on {self.folds} folds, "
+                f"and there are {num_subsets}: retrain on more."
+            )
+        if num_subsets < num_examples:
+            logger.warning(
+                f"There are {num_subsets} subsets for {num_examples} examples: more unknowns than equations, so that "
+                "the penalty decides among many fits alike. The LASSO can give at most "
+                f"{num_subsets} examples a score; 'ridge' spreads it. Judge the scores on other subsets."
+            )
+        constant = constant_queries(outputs)
+        values = np.zeros((len(outputs), num_examples))
+        penalties = np.full(len(outputs), np.inf)
+        if not constant.all():
+            if self.penalty == "ridge":
+                ridge = fit_ridge(design, outputs[~constant])
+                values[~constant], penalties[~constant] = ridge.coefficients, ridge.penalties
+            else:
+                ratio = 1.0 if self.penalty == "lasso" else self.l1_ratio
+                lasso = fit_lasso(design, outputs[~constant], ratio, self.folds, self.num_penalties)
+                values[~constant], penalties[~constant] = lasso.coefficients, lasso.penalties
+        choices: dict[str, Any] = {
+            "penalties": [float(penalty) if np.isfinite(penalty) else None for penalty in penalties],
+            "subsets_per_example": num_subsets / num_examples,
+        }
+        zero = np.flatnonzero(~values.any(axis=1) & ~constant).tolist()
+        if zero:
+            logger.warning(
+                f"{self.name}: for {len(zero)} queries (the first is {zero[0]}) no example predicts outputs of "
+                "subsets held out, and all scores are 0: retrain on more subsets, or use penalty='ridge'."
+            )
+            choices["zero_queries"] = zero
+        return Estimated(values, note_constant(choices, constant, self.name))
