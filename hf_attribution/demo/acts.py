@@ -102,6 +102,7 @@ class Act:
         ensemble: Models in each ensemble to attribute with.
         shown_column: The column of a row that people look at.
         group_column: The column whose counts in a subset explain much of its effect: the label, or the play.
+        without: Methods that its rows are not made for.
 
     Example:
         >>> ACTS["digits"].training_arguments("outputs/digits").num_train_epochs
@@ -117,6 +118,7 @@ class Act:
     ensemble: int
     shown_column: str
     group_column: str
+    without: tuple[str, ...] = ()
 
     def training_arguments(self, output_dir: str | Path, **changes: Any) -> TrainingArguments:
         """Make the act's `TrainingArguments`, with a checkpoint after every epoch (TracIn reads them).
@@ -264,6 +266,7 @@ ACTS: Mapping[str, Act] = MappingProxyType(
             ensemble=5,
             shown_column="image",
             group_column="label",
+            without=("bm25",),
         ),
         "reviews": Act(
             name="reviews",
@@ -291,6 +294,7 @@ ACTS: Mapping[str, Act] = MappingProxyType(
             ensemble=5,
             shown_column="text",
             group_column="play",
+            without=("representer",),
         ),
     }
 )

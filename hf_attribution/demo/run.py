@@ -15,7 +15,7 @@ from transformers.utils import logging
 from hf_attribution.demo.acts import ACTS, Act, Effort, Material, accuracy
 from hf_attribution.ensemble import Ensemble
 from hf_attribution.evaluation import evaluate_lds
-from hf_attribution.methods import METHODS, LabelMatch, Method
+from hf_attribution.methods import METHODS, Method, get_method
 from hf_attribution.report.comparison import Entry, comparison_table, plot_comparison
 from hf_attribution.report.examples import plot_image_examples, text_examples
 from hf_attribution.scores import Scores
@@ -125,6 +125,8 @@ def _quality(trainer: AttributionTrainer) -> str:
 def _attribute(act: Act, trainer: AttributionTrainer, query: Any, folder: Path, console: Console) -> dict[str, Scored]:
     scored = {}
     for name in METHODS:
+        if name in act.without:
+            continue
         scores = trainer.attribute(query, method=_method(name, act))
         scores.save(folder / f"{name}.safetensors")
         scored[name] = Scored(scores, scores.provenance["seconds"])
@@ -152,7 +154,7 @@ def _label(act: Act, name: str) -> str:
 
 def _method(name: str, act: Act) -> str | Method:
     # Where rows have no label, what a baseline can match is the group they come from.
-    return LabelMatch(column=act.group_column) if name == "label_match" else name
+    return get_method(name, column=act.group_column) if name in ("label_match", "knn_shapley") else name
 
 
 def _show(
