@@ -1,12 +1,8 @@
 """The linear datamodeling score of an attribution, with what is needed to judge it."""
 
 import dataclasses
-import functools
-import importlib.util
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import datasets
@@ -14,7 +10,7 @@ import numpy as np
 
 from hf_attribution.counterfactuals import Counterfactuals
 from hf_attribution.errors import MismatchError
-from hf_attribution.metric_cache import metric_path
+from hf_attribution.metric_cache import metric_core
 from hf_attribution.scores import Scores
 
 LABEL_COLUMNS = ("label", "labels")
@@ -139,7 +135,7 @@ def evaluate_lds(
             )
         counts = None  # a label column that nobody asked for; the report says what it would need
 
-    numbers = _lds_core().compute_lds(
+    numbers = metric_core("lds").compute_lds(
         scores.predict(counterfactuals.subsets),
         counterfactuals.mean(),
         covariates=counts,
@@ -165,22 +161,6 @@ def evaluate_lds(
         num_groups=num_groups,
         **numbers,
     )
-
-
-@functools.cache
-def _lds_core() -> ModuleType:
-    """Return the metric's mathematics, from its file: the metric itself would import `evaluate`, seconds.
-
-    Raises:
-        ImportError: The file cannot be loaded.
-    """
-    path = Path(metric_path("lds")) / "lds_core.py"
-    spec = importlib.util.spec_from_file_location("hf_attribution._lds_core", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} cannot be loaded: is hf_attribution installed completely?")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _check_belong_together(scores: Scores, counterfactuals: Counterfactuals) -> None:

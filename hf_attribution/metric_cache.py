@@ -5,11 +5,14 @@ has cached before: `evaluate_modules/metrics/evaluate-metric--lds/<64 hex digits
 Importing `evaluate` to have it cache ours would cost seconds, so the files are written where it would.
 """
 
+import functools
 import hashlib
+import importlib.util
 import logging
 import os
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 logger = logging.getLogger(__name__)  # not transformers' logger: importing that would cost what this module saves
 
@@ -38,6 +41,35 @@ def metric_path(name: str) -> str:
     if name not in folders:
         raise ValueError(f"there is no metric {name!r} in {_metrics_root()}; there are: {', '.join(folders)}")
     return str(folders[name])
+
+
+@functools.cache
+def metric_core(name: str) -> ModuleType:
+    """Return the mathematics of one of our metrics, from its file: the metric itself would import `evaluate`, seconds.
+
+    Args:
+        name: of the metric, such as `"lds"`.
+
+    Returns:
+        The module `<name>_core`: numpy and scipy alone.
+
+    Raises:
+        ImportError: the file cannot be loaded.
+
+    Example:
+        ```python
+        >>> metric_core("lds").compute_lds([[1, 2, 3]], [[1, 2, 4]])["lds"]
+        1.0
+
+        ```
+    """
+    path = Path(metric_path(name)) / f"{name}_core.py"
+    spec = importlib.util.spec_from_file_location(f"hf_attribution._{name}_core", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be loaded: is hf_attribution installed completely?")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def register_metrics() -> list[str]:
