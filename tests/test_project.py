@@ -25,6 +25,7 @@ LAYERS = (
     ("ensemble",),
     ("attribution",),
     ("trainer", "hub", "report", "workspace"),
+    ("studies", "debugging"),
     ("demo", "cli"),
 )
 LEVELS = {part: level for level, parts in enumerate(LAYERS) for part in parts}
