@@ -18,6 +18,7 @@ from hf_attribution.metric_cache import metric_path, register_metrics
 if TYPE_CHECKING:
     from hf_attribution.attribution import attribute, self_influence
     from hf_attribution.counterfactuals import Counterfactuals, Subsets
+    from hf_attribution.debugging import find_duplicates, find_mislabeled, select_subset
     from hf_attribution.ensemble import Ensemble
     from hf_attribution.estimation import (
         AME,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     )
     from hf_attribution.problem import Checkpoint
     from hf_attribution.scores import Scores
+    from hf_attribution.studies import brittleness, removal_curve, stability
     from hf_attribution.tasks import infer_task
     from hf_attribution.trainer import AttributionMixin, AttributionTrainer
     from hf_attribution.tuning import CrossFit, choose, cross_fit
@@ -57,6 +59,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "attribution": ("attribute", "self_influence"),
     "counterfactuals": ("Counterfactuals", "Subsets"),
+    "debugging": ("find_duplicates", "find_mislabeled", "select_subset"),
     "ensemble": ("Ensemble",),
     "estimation": (
         "AME",
@@ -87,6 +90,7 @@ _MODULES = {
     ),
     "problem": ("Checkpoint",),
     "scores": ("Scores",),
+    "studies": ("brittleness", "removal_curve", "stability"),
     "tasks": ("infer_task",),
     "trainer": ("AttributionMixin", "AttributionTrainer"),
     "tuning": ("CrossFit", "choose", "cross_fit"),
@@ -125,13 +129,19 @@ __all__ = [
     "TrackStar",
     "Trak",
     "attribute",
+    "brittleness",
     "choose",
     "cross_fit",
     "estimate",
     "evaluate_lds",
+    "find_duplicates",
+    "find_mislabeled",
     "infer_task",
     "metric_path",
+    "removal_curve",
+    "select_subset",
     "self_influence",
+    "stability",
 ]
 
 

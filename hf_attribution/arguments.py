@@ -60,6 +60,10 @@ class DataArguments:
     image_column_name: str | None = option("Column of the image. By default the only one that holds images.")
     label_column_name: str | None = option("Column of the label. By default label or labels, or the only class label.")
     max_length: int = option("Tokens after which a text is cut off, and no more than the model takes.", 512)
+    block_size: int | None = option(
+        "For language models: join all texts, and cut them into training examples of so many tokens. By default an "
+        "example is a row."
+    )
 
 
 @dataclass

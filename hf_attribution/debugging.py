@@ -16,7 +16,6 @@ from torch import nn
 
 from hf_attribution.errors import MismatchError
 from hf_attribution.methods import Method, RepresentationSimilarity
-from hf_attribution.problem import Checkpoint
 from hf_attribution.scores import Scores
 from hf_attribution.tasks import infer_task
 from hf_attribution.trainer import AttributionMixin
@@ -32,7 +31,7 @@ def find_mislabeled(
     trainer: AttributionMixin,
     method: str | Method = "influence",
     k: int | None = None,
-    checkpoints: Ensemble | Sequence[str | Path | nn.Module | Checkpoint] | None = None,
+    checkpoints: Ensemble | Sequence[str | Path | nn.Module] | None = None,
 ) -> datasets.Dataset:
     """Rank the training examples by their influence on themselves: wrong labels first, if the score is good.
 
@@ -75,7 +74,7 @@ def find_mislabeled(
 
 def find_duplicates(
     trainer: AttributionMixin,
-    threshold: float = 0.99,
+    threshold: float = 0.999,
     method: str | Method | None = None,
 ) -> datasets.Dataset:
     """Find training examples that are, to the model, copies of earlier ones.

@@ -14,17 +14,24 @@ def load_train(args: DataArguments) -> Dataset:
     """The training rows as they are, all columns, without preprocessing; errors as `load_workspace`."""
     splits = _open(args.dataset_name, args.dataset_config_name)
     default = next(iter(splits)) if len(splits) == 1 else "train"
-    return _first(_split(splits, args.train_split, (default,), "train"), args.max_train_examples)
+    return draw_rows(_split(splits, args.train_split, (default,), "train"), args.max_train_examples)
 
 
 def load_query(args: DataArguments) -> Dataset:
     """The query rows as they are, all columns, without preprocessing; errors as `load_workspace`."""
     if args.query_dataset_name is None:
         splits = _open(args.dataset_name, args.dataset_config_name)
-        return _first(_split(splits, args.query_split, ("test", "validation"), "query"), args.max_query_examples)
+        return draw_rows(_split(splits, args.query_split, ("test", "validation"), "query"), args.max_query_examples)
     splits = _open(args.query_dataset_name, None)
     defaults = tuple(splits) if len(splits) == 1 else ("test", "validation")
-    return _first(_split(splits, args.query_split, defaults, "query"), args.max_query_examples)
+    return draw_rows(_split(splits, args.query_split, defaults, "query"), args.max_query_examples)
+
+
+def draw_rows(dataset: Dataset, size: int | None) -> Dataset:
+    """So many rows, drawn: many datasets are sorted by label, and their first rows are of one class; None for all."""
+    if size is None or size >= len(dataset):
+        return dataset
+    return dataset.shuffle(seed=0).select(range(size))
 
 
 def _open(name: str | None, config_name: str | None) -> DatasetDict:
@@ -51,10 +58,3 @@ def _split(splits: DatasetDict, asked: str | None, defaults: Sequence[str], name
     wanted = asked if asked is not None else " or ".join(defaults)
     other = ", or --query_dataset_name" if name == "query" else ""
     raise ValueError(f"The dataset has no {wanted} split, it has {', '.join(splits)}: choose --{name}_split{other}.")
-
-
-def _first(dataset: Dataset, size: int | None) -> Dataset:
-    """So many rows, drawn: many datasets are sorted by label, and their first rows are of one class."""
-    if size is None or size >= len(dataset):
-        return dataset
-    return dataset.shuffle(seed=0).select(range(size))

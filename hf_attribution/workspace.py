@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -28,9 +28,10 @@ from transformers.utils import logging
 from hf_attribution import preprocessing
 from hf_attribution.arguments import DataArguments, ModelArguments
 from hf_attribution.attribution import trainer_checkpoints
+from hf_attribution.blocks import text_blocks
 from hf_attribution.methods import Method
 from hf_attribution.problem import Checkpoint
-from hf_attribution.splits import load_query, load_train
+from hf_attribution.splits import draw_rows, load_query, load_train
 from hf_attribution.tasks import Task, infer_task
 
 # Order matters: BART-like classes stand in several tables.
@@ -123,7 +124,7 @@ def load_workspace(model_args: ModelArguments, data_args: DataArguments) -> Work
     source = {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code}
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, **source)
     task = model_args.task or _task_of(config)
-    splits = {"train": load_train(data_args), "query": load_query(data_args)}
+    splits = _splits(data_args, task)
     new_head = model_args.from_scratch
     if task in ("text-classification", "image-classification"):
         new_head = new_head or not _is_classifier(config, task)
@@ -189,6 +190,15 @@ def _task_of(config: Any) -> str:
     raise ValueError(f"The model's config {named}, which does not tell the task: pass --task {', '.join(_TASKS)}.")
 
 
+def _splits(args: DataArguments, task: str) -> dict[str, Dataset]:
+    """The rows as they are: those that were asked for, or all of a corpus that will be cut into blocks."""
+    if args.block_size is not None:
+        if task not in ("causal-lm", "masked-lm"):
+            raise ValueError(f"--block_size is for language models, and this is {task}: leave it out.")
+        args = dataclasses.replace(args, max_train_examples=None, max_query_examples=None)
+    return {"train": load_train(args), "query": load_query(args)}
+
+
 def _is_classifier(config: Any, task: str) -> bool:
     """Whether a checkpoint has a trained head for this task. Models with code of their own say so by `auto_map`."""
     auto = _TASKS[task][0].__name__
@@ -242,7 +252,25 @@ def _preprocessed(
         return {n: preprocessing.tokenize_pairs(dataset, processor, pair, length, n) for n, dataset in splits.items()}
     label = next((name for name in ("label", "labels") if name in train.column_names), None)
     columns = preprocessing.text_columns(train, args.text_column_name, label)
+    if args.block_size is not None:
+        return _blocks(splits, args, processor, columns, config)
     return {n: preprocessing.tokenize(dataset, processor, columns, length, n) for n, dataset in splits.items()}
+
+
+def _blocks(
+    splits: dict[str, Dataset], args: DataArguments, tokenizer: Any, columns: Sequence[str], config: Any
+) -> dict[str, Dataset]:
+    most = _max_length(cast(int, args.block_size), tokenizer, config)
+    if args.block_size != most or len(columns) > 1:
+        raise ValueError(
+            f"--block_size {args.block_size} of the column {' and '.join(columns)}: the model takes blocks of at most "
+            f"{most} tokens, of one column."
+        )
+    limits = {"train": args.max_train_examples, "query": args.max_query_examples}
+    return {
+        name: draw_rows(text_blocks(dataset, tokenizer, columns[0], most, name), limits[name])
+        for name, dataset in splits.items()
+    }
 
 
 def _max_length(asked: int, tokenizer: Any, config: Any) -> int:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "hf_attribution"
 LAYERS = (
     ("errors", "seeds", "seals", "metric_cache", "arguments"),
     ("artefacts", "scores", "subsets", "counterfactuals", "provenance", "reliability", "rows"),
-    ("evaluation", "tuning", "estimation", "splits", "preprocessing"),
+    ("evaluation", "tuning", "estimation", "splits", "preprocessing", "blocks"),
     ("inputs", "logits", "tasks", "data"),
     ("gradients",),
     ("curvature",),
