@@ -135,7 +135,7 @@ def suspect(trainer: AttributionTrainer, noisy: Dataset, arguments: Arguments, f
     """Scores that are higher for examples whose label may be wrong, `[N]` each."""
     scores = {"random": np.random.default_rng(arguments.seed + 1).random(len(noisy))}
     # The loss of the model that was trained on the wrong labels, too.
-    logits = trainer.predict(noisy).predictions  # type: ignore[arg-type]
+    logits = np.asarray(trainer.predict(noisy).predictions)
     labels = np.array(noisy.with_format(None)["label"])
     scores["loss"] = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(labels)), labels]
     halves = trainer.train_ensemble(arguments.models, fraction=0.5, seed=arguments.seed, output_dir=folder / "halves")
@@ -164,7 +164,7 @@ def mistaken(
     annotator = make_trainer(act, material, others, others, folder / "annotator", arguments.seed)
     set_seed(arguments.seed)
     annotator.train()
-    logits = annotator.predict(material.train).predictions
+    logits = np.asarray(annotator.predict(material.train).predictions)
     doubt = 1 - np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))[np.arange(len(right)), right]
     number = round(arguments.noise * len(right))
     flags = np.zeros(len(right), dtype=bool)
