@@ -119,7 +119,7 @@ def run(argv):
 
 @pytest.mark.parametrize("recipe", STAND_INS)
 def test_recipes_run_on_stand_ins(recipe, tmp_path):
-    methods = ["random", "grad_cos", "trak@half:2"]
+    methods = ["random", "grad_cos", "trak@half:2", "datamodel@half:4"]
     stand_in = STAND_INS[recipe](tmp_path)
     output = ["--output_dir", tmp_path / "out", "--methods", *methods]
     entries = run([ROOT / "scripts" / "recipes" / f"{recipe}.yaml", *stand_in, *SMALL, *output])
