@@ -56,8 +56,7 @@ def find_mislabeled(
 
     Example:
         >>> suspects = find_mislabeled(trainer, k=50)  # doctest: +SKIP
-        >>> suspects[0]  # doctest: +SKIP
-        {'rank': 1, 'train_index': 407, 'score': 3.1, 'text': 'a masterpiece.', 'label': 0}
+        >>> suspects["text"][:5]  # look at these first  # doctest: +SKIP
     """
     train = cast(datasets.Dataset, trainer.train_dataset)
     task = infer_task(cast(nn.Module, trainer.model))
@@ -79,8 +78,8 @@ def find_duplicates(
 ) -> datasets.Dataset:
     """Find training examples that are, to the model, copies of earlier ones.
 
-    Every row is compared with all earlier ones, exactly, in blocks. Dropping the rows that are returned leaves one of
-    each.
+    Every row is compared with all earlier ones, exactly, in blocks of 4,096 rows, each of which costs a pass over the
+    rows before it. Dropping the rows that are returned leaves one of each.
 
     Args:
         trainer: Has the model and the data.

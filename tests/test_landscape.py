@@ -84,13 +84,13 @@ def save_small_resnet(folder):
 
 def cifar10_stand_in(folder):
     dataset = save_repository(
-        folder / "cifar10", "plain_text", "plain_text", {"train": cifar10(15), "test": cifar10(5, 1)}
+        folder / "cifar10", "plain_text", "plain_text", {"train": cifar10(24), "test": cifar10(5, 1)}
     )
     return ["--model_name_or_path", save_small_resnet(folder / "model"), "--dataset_name", dataset]
 
 
 def qnli_stand_in(folder):
-    splits = {"train": qnli(12), "validation": qnli(5, 1), "test": qnli(5, 2, labelled=False)}
+    splits = {"train": qnli(24), "validation": qnli(5, 1), "test": qnli(5, 2, labelled=False)}
     dataset = save_repository(folder / "glue", "qnli", "qnli", splits, default=False)
     return ["--model_name_or_path", folders.save_headless(folder / "model"), "--dataset_name", dataset]
 
@@ -119,17 +119,17 @@ def run(argv):
 
 @pytest.mark.parametrize("recipe", STAND_INS)
 def test_recipes_run_on_stand_ins(recipe, tmp_path):
-    methods = ["random", "grad_cos", "trak@half:2", "datamodel@half:4"]
+    methods = ["random", "grad_cos", "trak@half:2", "datamodel@half:16"]
     stand_in = STAND_INS[recipe](tmp_path)
     output = ["--output_dir", tmp_path / "out", "--methods", *methods]
     entries = run([ROOT / "scripts" / "recipes" / f"{recipe}.yaml", *stand_in, *SMALL, *output])
     assert [entry.label for entry in entries] == methods
     table = load_from_disk(str(tmp_path / "out" / "landscape"))
     assert table["label"][:] == methods
-    assert table["models"][:] == ["1 full", "1 full", "2 half", "4 half"]
+    assert table["models"][:] == ["1 full", "1 full", "2 half", "16 half"]
     costs = dict(zip(methods, table["trainings"][:], strict=True))
     assert costs["trak@half:2"] > 1
-    assert costs["datamodel@half:4"] > 2
+    assert costs["datamodel@half:16"] > 8
     assert all(np.isfinite(table["lds"][:]))
     assert (tmp_path / "out" / "landscape.png").stat().st_size > 1000
     assert (tmp_path / "out" / "landscape.csv").read_text().count("\n") == 1 + len(methods)
@@ -166,9 +166,8 @@ def test_again_it_trains_and_attributes_nothing(tmp_path, monkeypatch):
     first = run([*options, "--methods", "label_match", "trak@half:1"])
     monkeypatch.setattr(tf.Trainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
     monkeypatch.setattr(landscape.AttributionTrainer, "attribute", lambda *a, **k: pytest.fail("attributed again"))
-    assert [entry.report for entry in run([*options, "--methods", "label_match", "trak@half:1"])] == [
-        entry.report for entry in first
-    ]
+    again = run([*options, "--methods", "label_match", "trak@half:1"])
+    assert [repr(entry) for entry in again] == [repr(entry) for entry in first]  # nan equals nan
     monkeypatch.undo()
     more = run([*options, "--methods", "label_match", "trak@half:1", 'trak{"dim": 64}@half:2'])
     assert [entry.report.lds for entry in more[:2]] == pytest.approx(

@@ -136,7 +136,7 @@ def brittleness(
         >>> print(found)  # doctest: +SKIP
     """
     num_queries, num_examples = scores.values.shape
-    max_size = int(max_share * num_examples)
+    max_size = round(max_share * num_examples)
     if not 1 <= max_size < num_examples:
         raise ValueError(
             f"max_share={max_share} removes up to {max_size} of {num_examples} examples: allow at least one, not all."

@@ -182,8 +182,7 @@ def removal_curve(
 
     Example:
         >>> curve = removal_curve(scores, trainer, test.select(range(10)))  # doctest: +SKIP
-        >>> curve.mean_change()["top"]  # doctest: +SKIP
-        [-0.11, -0.24, -0.62, -1.31]
+        >>> print(curve)  # a line for each size: mean change without top, random and bottom  # doctest: +SKIP
     """
     num_queries, num_examples = scores.values.shape
     if sizes is None:

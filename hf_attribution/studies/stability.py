@@ -93,9 +93,6 @@ def stability(
 
     Example:
         >>> print(stability(trainer, "trak", test))  # doctest: +SKIP
-        Stability of trak: mean rank correlation of a query's scores
-          across training seeds   0.412
-          with shuffled weights   0.043
     """
     if seeds < 2:
         raise ValueError(f"seeds={seeds}: at least 2 trainings are needed to compare them.")
