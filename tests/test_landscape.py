@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import datasets
 import folders
 import numpy as np
 import pytest
@@ -33,6 +34,12 @@ SMALL = [
     *("--num_subsets", "8", "--seeds", "2", "--num_train_epochs", "1", "--per_device_train_batch_size", "4"),
     *("--max_query_examples", "3", "--disable_tqdm", "True", "--use_cpu", "True"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    # `datasets` caches a local copy by its name, and would give a test the rows of an older one.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def save_repository(folder, config_name, subfolder, splits, default=True):
@@ -164,11 +171,11 @@ def test_again_it_trains_and_attributes_nothing(tmp_path, monkeypatch):
     options = [*qnli_stand_in(tmp_path), *("--task", "text-classification", "--dataset_config_name", "qnli")]
     options += ["--query_split", "validation", *SMALL, "--output_dir", tmp_path / "out", "--save_strategy", "no"]
     first = run([*options, "--methods", "label_match", "trak@half:1"])
-    monkeypatch.setattr(tf.Trainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
-    monkeypatch.setattr(landscape.AttributionTrainer, "attribute", lambda *a, **k: pytest.fail("attributed again"))
-    again = run([*options, "--methods", "label_match", "trak@half:1"])
+    with monkeypatch.context() as patched:
+        patched.setattr(tf.Trainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+        patched.setattr(landscape.AttributionTrainer, "attribute", lambda *a, **k: pytest.fail("attributed again"))
+        again = run([*options, "--methods", "label_match", "trak@half:1"])
     assert [repr(entry) for entry in again] == [repr(entry) for entry in first]  # nan equals nan
-    monkeypatch.undo()
     more = run([*options, "--methods", "label_match", "trak@half:1", 'trak{"dim": 64}@half:2'])
     assert [entry.report.lds for entry in more[:2]] == pytest.approx(
         [entry.report.lds for entry in first], nan_ok=True
