@@ -90,15 +90,16 @@ def test_a_row_that_lives_on_one_column_keeps_its_correlation_without_it():
     assert loo.jackknife(x, y, ranked=False)[0, 2] == loo.correlations(x, y, ranked=False)[0]
 
 
-@pytest.mark.parametrize("shared", [0.0, 0.5])
-def test_interval_of_the_loo_correlation_covers_the_truth(shared):
-    hits = {"pearson": 0, "spearman": 0}
-    truth = {"pearson": 0.4, "spearman": 6 / np.pi * np.arcsin(0.2)}
+@pytest.mark.parametrize("case", [(10, 40, 0.4, 0.0), (10, 40, 0.4, 0.5), (50, 20, 0.8, 0.3), (1, 40, 0.4, 0.0)])
+def test_interval_of_the_loo_correlation_covers_the_truth(case):
+    num_queries, num_examples, rho, shared = case
+    truth, hits = {"pearson": rho, "spearman": 6 / np.pi * np.arcsin(rho / 2)}, {"pearson": 0, "spearman": 0}
     for seed in range(200):
-        result = loo.compute_loo_correlation(*effects(10, 40, 0.4, shared, seed))
+        result = loo.compute_loo_correlation(*effects(num_queries, num_examples, rho, shared, seed))
         for name, value in truth.items():
             low, high = result[f"{name}_confidence_interval"]
             hits[name] += low <= value <= high
+            assert low <= result[name] <= high
     # Nominal 95%; the standard error of the coverage in 200 simulations is 1.5%.
     assert all(0.90 <= count / 200 <= 0.995 for count in hits.values()), hits
 
