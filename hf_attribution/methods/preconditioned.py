@@ -1,0 +1,140 @@
+"""What methods share whose scores are `∇m(query)ᵀ P (-∇loss(example))`, with P fitted to the training data."""
+
+import abc
+import dataclasses
+import json
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from hf_attribution.artefacts import fingerprint
+from hf_attribution.curvature.kronecker import KroneckerCurvature, fit_curvature
+from hf_attribution.curvature.rows import CURVATURES, CurvatureRows
+from hf_attribution.gradients.directions import Preconditioner, directional_products, self_products
+from hf_attribution.gradients.held import Source
+from hf_attribution.gradients.layers import last_linear
+from hf_attribution.inputs import weights_fingerprint
+from hf_attribution.methods.base import Method, Scored
+from hf_attribution.problem import Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Preconditioned(Method, abc.ABC):
+    """Base of the methods whose P is a damped inverse of block-diagonal curvature. Averages over the checkpoints.
+
+    Args:
+        damping: λ in units of the mean squared length of the curvature's gradients, with the curvature a sum over
+            training examples. `"auto"` uses the method's own choice, recorded with the scores.
+        modules: Patterns of the modules whose parameters count; all by default.
+        last_layer: Only the parameters of the last linear layer count.
+    """
+
+    damping: float | str = "auto"
+    modules: tuple[str, ...] | None = None
+    last_layer: bool = False
+
+    auto_damping: ClassVar[float]
+
+    def __post_init__(self) -> None:
+        if self.damping != "auto" and not float(self.damping) > 0:
+            raise ValueError(f"damping must be positive (the curvature can be singular), not {self.damping}.")
+        if self.last_layer and self.modules is not None:
+            raise ValueError("Give either last_layer=True or modules=[...].")
+
+    @abc.abstractmethod
+    def fit(self, problem: Problem, model: nn.Module, number: int) -> tuple[Preconditioner, dict[str, Any]]:
+        """P for one model, and what was chosen for it."""
+
+    def score(self, problem: Problem) -> Scored:
+        """Precondition the queries' gradients, and multiply them with those of the training examples."""
+        values, notes = np.zeros(problem.shape, np.float32), []
+        for number, (model, share) in enumerate(problem.models()):
+            preconditioner, note = self.fit(problem, model, number)
+            queries, train = self._source(problem, model, "query"), self._source(problem, model, "train")
+            values += share * directional_products(queries, train, preconditioner, problem.progress)
+            notes.append(note)
+        return Scored(values, self._choices(notes))
+
+    def self_influence(self, problem: Problem) -> np.ndarray:
+        """`∇gain(i)ᵀ P ∇gain(i)` of every training example, averaged over the checkpoints: float32 `[N]`."""
+        values = np.zeros(len(problem.train), np.float32)
+        for number, (model, share) in enumerate(problem.models()):
+            preconditioner, _ = self.fit(problem, model, number)
+            values += share * self_products(self._source(problem, model, "train"), preconditioner, problem.progress)
+        return values
+
+    @property
+    def relative_damping(self) -> float:
+        """The damping, chosen or given."""
+        return self.auto_damping if self.damping == "auto" else float(self.damping)
+
+    def chosen_modules(self, model: nn.Module) -> tuple[str, ...] | None:
+        """Patterns of the modules that count in a model."""
+        return (last_linear(model),) if self.last_layer else self.modules
+
+    def _source(self, problem: Problem, model: nn.Module, name: str) -> Source:
+        split = problem.train if name == "train" else problem.query
+        function = problem.task.gains if name == "train" else problem.task.measurement
+        return Source(problem.gradients(model, function, split, self.chosen_modules(model)), split)
+
+    def _choices(self, notes: list[dict[str, Any]]) -> dict[str, Any]:
+        shared = {key: value for key, value in notes[0].items() if key != "lambda"}
+        return {"damping": self.relative_damping, **shared, "lambda": [note["lambda"] for note in notes]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kronecker(Preconditioned):
+    """Base of the methods that invert a `KroneckerCurvature`.
+
+    Args:
+        damping: See `Preconditioned`.
+        modules: See `Preconditioned`.
+        last_layer: See `Preconditioned`.
+        curvature: `"true_fisher"`: the Fisher matrix by targets drawn from the model, one for each example's own;
+            `"gauss_newton"`: what that is on average, for classifiers and regressions, at the cost of a pass for each
+            class; `"fisher"`: the empirical Fisher matrix, of the gradients of the losses themselves.
+        seed: Seed of the drawn targets.
+    """
+
+    curvature: str = "true_fisher"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.curvature not in CURVATURES:
+            raise ValueError(f"curvature must be one of {', '.join(CURVATURES)}, not {self.curvature}.")
+
+    def fit(self, problem: Problem, model: nn.Module, number: int) -> tuple[Preconditioner, dict[str, Any]]:
+        """The inverse of the curvature of one model, which is kept in the problem's `cache_dir`."""
+        modules = self.chosen_modules(model)
+        curvature = self._curvature(problem, model, modules, self.seed + number)
+        unit = curvature.unit
+        ridge = self.relative_damping * unit if unit > 0 else 1.0
+        inverse = curvature.to(problem.device).inverse(ridge)
+        note: dict[str, Any] = {"modules": list(modules or ())} if self.last_layer else {}
+        return inverse, {**note, "lambda": ridge}
+
+    def _curvature(
+        self, problem: Problem, model: nn.Module, modules: tuple[str, ...] | None, seed: int
+    ) -> KroneckerCurvature:
+        settings = {
+            "kind": self.name,
+            "curvature": self.curvature,
+            "seed": seed if self.curvature == "true_fisher" else None,
+            "modules": list(modules) if modules is not None else None,
+            "fingerprints": {
+                "model": weights_fingerprint(model),
+                "train": problem.train.fingerprint,
+                "task": fingerprint(json.dumps(problem.task.description, sort_keys=True)),
+            },
+        }
+        path = problem.cache_dir / "curvature" / f"{self.name}-{fingerprint(settings)}.safetensors"
+        if path.exists():
+            return KroneckerCurvature.load(path)
+        rows = CurvatureRows(model, problem.task, problem.train, self.curvature, modules, seed)
+        with torch.no_grad():
+            found = fit_curvature(model, rows, self.name, settings, problem.progress)
+        found.save(path)
+        return found
