@@ -5,15 +5,16 @@ row of the table is a curvature and a library. Used by benchmark.py. `pip instal
 einops opt_einsum`.
 """
 
+import copy
 import importlib.util
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -171,10 +172,12 @@ def compare(repeats: int) -> list[tuple[str, ...]]:
                 scores[f"ekfac {curvature}"] = found
                 if installed:
                     key = f"kronfluence {curvature}"
-                    copy = example_copy(model)
-                    scores[key] = _timed(seconds, key, lambda: kronfluence(copy, example, curvature, ridge))  # noqa: B023
+                    copied = copy.deepcopy(model)  # it changes what it is given
+                    scores[key] = _timed(seconds, key, lambda: kronfluence(copied, example, curvature, ridge))  # noqa: B023
             scores["kfac true_fisher"], _ = _timed(
-                seconds, "kfac true_fisher", lambda: ours(model, example, "true_fisher", KFac)  # noqa: B023
+                seconds,
+                "kfac true_fisher",
+                lambda: ours(model, example, "true_fisher", KFac),  # noqa: B023
             )
         medians = {key: statistics.median(values) for key, values in seconds.items()}
         for key, median in medians.items():
@@ -193,13 +196,6 @@ def compare(repeats: int) -> list[tuple[str, ...]]:
     return rows
 
 
-def example_copy(model: nn.Module) -> nn.Module:
-    """A copy for a library that changes the model it is given."""
-    import copy
-
-    return copy.deepcopy(model)
-
-
 def peak_memory(name: str, key: str) -> float:
     """MiB that a run takes beyond what training left behind, in a process of its own."""
     output = subprocess.run([sys.executable, __file__, name, key], check=True, capture_output=True, text=True)
@@ -211,12 +207,19 @@ def measure(name: str, key: str) -> float:
     method, _, curvature = key.partition(" ")
     example = EXAMPLES[name]()
     model = example.fit()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of training
+    before = _status("VmRSS")
     if method == "kronfluence":
         kronfluence(model, example, curvature, 1e-4)
     else:
         ours(model, example, curvature, EKFac if method == "ekfac" else KFac)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field: str) -> int:
+    """A field of this process's status on Linux, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def _timed(seconds: dict[str, list[float]], key: str, run: Callable[[], Any]) -> Any:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_attribution.errors import UnsupportedError
 from hf_attribution.gradients.per_example import Gradients
-from hf_attribution.gradients.terms import Dense, Lookup, Outer, Term, dense, take
+from hf_attribution.gradients.terms import Dense, Lookup, Outer, Term, dense, packed, take
 
 # Numbers of dense gradients that are formed at once: 64 MiB of float32.
 CHUNK = 2**24
@@ -60,7 +60,7 @@ class Block:
         terms = gradients.get(self.parameters[0], [])
         if self.kind == "vector":
             return [Dense(dense(terms)[:, None])] if terms else []
-        return [self._matrix(term) for term in terms]
+        return [self._matrix(packed(term)) for term in terms]
 
     def split(self, matrices: Tensor) -> dict[str, Tensor]:
         """Matrices `[B, rows, columns]` as values of the block's parameters, each `[B, P]`."""

@@ -34,28 +34,27 @@ class FactorSums:
 
     def add(self, terms: Sequence[Term]) -> None:
         """Add a batch's terms."""
-        # A weight that is a table and a linear layer has gradients of two kinds, whose factors differ in scale. Each
-        # position then counts as much as its gradient is long: both factors are those of the block's own trace.
-        kinds = {type(term) for term in terms}
+        mixed = len({type(term) for term in terms}) > 1
         for term in terms:
-            left = None if isinstance(term, Lookup) else term.left.flatten(0, 1)  # type: ignore[union-attr]
-            right = term.right.flatten(0, 1)  # type: ignore[union-attr]
-            lefts = left.square().sum(1) if left is not None else right.new_ones(len(right))
-            rights = right.square().sum(1)
-            if len(kinds) > 1:
-                left_weight, right_weight = rights, lefts
-                self.count += (lefts * rights).sum(dtype=torch.float64)
+            assert isinstance(term, (Outer, Lookup))
+            left = term.left if isinstance(term, Outer) else term.ids[..., None]
+            used = ((term.left if isinstance(term, Outer) else term.right) != 0).any(2)
+            left, right = left[used], term.right[used]
+            left_weight = right_weight = None
+            if mixed:
+                # A weight that is a table and a linear layer has gradients of two kinds, whose factors differ in scale.
+                # A position then counts as much as its gradient is long: the factors are those of the block's trace.
+                left_weight, right_weight = right.square().sum(1), right.new_ones(len(right))
+                if isinstance(term, Outer):
+                    right_weight = left.square().sum(1)
+                self.count += (left_weight * right_weight).sum(dtype=torch.float64)
             else:
-                # Of a table it is the looked-up side that is never zero.
-                counted = ((lefts if left is not None else rights) > 0).to(right.dtype)
-                left_weight = right_weight = counted
-                self.count += counted.sum(dtype=torch.float64)
+                self.count += len(right)
             self.right.add(right, right_weight)
             if isinstance(term, Outer):
-                self.left.add(term.left.flatten(0, 1), left_weight)
+                self.left.add(left, left_weight)
             else:
-                assert isinstance(term, Lookup)
-                self.left.add_entries(term.ids.flatten(), left_weight)
+                self.left.add_entries(left[:, 0], left_weight)
 
     def bases(self) -> tuple[Side, Side, Tensor]:
         """Eigenvectors of both factors, and the eigenvalues of `A ⊗ G / R`, `[rows, columns]`."""
@@ -73,9 +72,9 @@ class _Sum:
         self.runs, self.size, self.dtype = runs, size, example.dtype
         self.sums = [example.new_zeros(n, n) for n in runs] if runs is not None else [example.new_zeros(size)]
 
-    def add(self, values: Tensor, weights: Tensor) -> None:
+    def add(self, values: Tensor, weights: Tensor | None) -> None:
         """Add rows `[n, size]`, weighted by `[n]`."""
-        weighted = values * weights[:, None]
+        weighted = values if weights is None else values * weights[:, None]
         if self.runs is None:
             self.sums[0] += (weighted * values).sum(0)
             return
@@ -83,9 +82,10 @@ class _Sum:
         for total, part, weighted_part in parts:
             total.addmm_(weighted_part.T, part)
 
-    def add_entries(self, ids: Tensor, weights: Tensor) -> None:
+    def add_entries(self, ids: Tensor, weights: Tensor | None) -> None:
         """Add one-hot rows."""
-        self.sums[0].index_add_(0, ids, weights)
+        ones = self.sums[0].new_ones(len(ids)) if weights is None else weights
+        self.sums[0].index_add_(0, ids, ones)
 
     def eigen(self) -> tuple[Side, Tensor]:
         """The basis and the eigenvalues in it, in double precision."""

@@ -11,7 +11,7 @@ from hf_attribution.gradients import products
 from hf_attribution.gradients.checks import refuse_non_finite
 from hf_attribution.gradients.held import Source, concatenate, hold
 from hf_attribution.gradients.per_example import Gradients
-from hf_attribution.gradients.terms import take
+from hf_attribution.gradients.terms import packed, take
 
 
 class Preconditioner(Protocol):
@@ -49,8 +49,8 @@ def directional_products(
         for block in gradient_blocks(queries):
             directions = concatenate([hold(gradients) for gradients in preconditioner(block)])
             for batch in train.split.batches():
-                gradients = hold(train.gradients(batch.to(train.gradients.device)))
-                found = directions.products(gradients)
+                gradients = train.gradients(batch.to(train.gradients.device))
+                found = directions.products(hold(_packed(gradients)))
                 refuse_non_finite(found.T, gradients.indices, "An inner product with the gradient")
                 scores[np.ix_(directions.indices.numpy(), gradients.indices.numpy())] = found.cpu().numpy()
                 bar.update(found.numel())
@@ -93,3 +93,8 @@ def rows_of(gradients: Gradients, where: slice) -> Gradients:
     """Some examples of a batch."""
     terms = {name: [take(term, where) for term in terms] for name, terms in gradients.terms.items()}
     return Gradients(gradients.indices[where], gradients.values[where], terms)
+
+
+def _packed(gradients: Gradients) -> Gradients:
+    terms = {name: [packed(term) for term in terms] for name, terms in gradients.terms.items()}
+    return Gradients(gradients.indices, gradients.values, terms)

@@ -128,6 +128,22 @@ def take(term: Term, where: slice) -> Term:
     return Lookup(term.ids[where], term.right[where], term.rows)
 
 
+def packed(term: Term) -> Term:
+    """The same gradients without positions that add nothing: padding, and what the value does not depend on."""
+    if isinstance(term, Dense):
+        return term
+    factor = term.left if isinstance(term, Outer) else term.right
+    counts = (used := (factor != 0).any(2)).sum(1)
+    longest = max(1, int(counts.max()))
+    if longest == factor.shape[1]:
+        return term
+    kept = used.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+    rows = torch.arange(len(kept), device=kept.device)[:, None]
+    if isinstance(term, Outer):
+        return Outer(term.left[rows, kept], term.right[rows, kept])
+    return Lookup(term.ids[rows, kept], term.right[rows, kept], term.rows)
+
+
 def is_large_table(terms: Sequence[Term]) -> bool:
     """Whether these are gradients of a vocabulary-sized table, which are never formed."""
     return any(isinstance(term, Lookup) and term.rows * term.right.shape[-1] > _LARGE_TABLE for term in terms)
