@@ -21,11 +21,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from reference_trak import SmallCNN, load
-from reference_trak import train as train_cnn
+from small_cnn import load
+from small_cnn import train as train_cnn
 from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
-from transformers import BertConfig, BertForSequenceClassification, default_data_collator
+from transformers import BertConfig, BertForSequenceClassification
 
 from hf_attribution import EKFac, KFac, attribute
 from hf_attribution.tasks import Classification
@@ -165,7 +165,7 @@ def compare(repeats: int) -> list[tuple[str, ...]]:
         example = make()
         seconds: dict[str, list[float]] = {}
         scores: dict[str, np.ndarray] = {}
-        for _ in range(repeats):
+        for _ in range(repeats):  # alternating, so that what else the machine does troubles all alike
             model = _timed(seconds, "training", example.fit)
             for curvature in ("true_fisher", "fisher"):
                 found, ridge = _timed(seconds, f"ekfac {curvature}", lambda: ours(model, example, curvature))  # noqa: B023

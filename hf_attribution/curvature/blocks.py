@@ -16,8 +16,8 @@ from hf_attribution.errors import UnsupportedError
 from hf_attribution.gradients.per_example import Gradients
 from hf_attribution.gradients.terms import Dense, Lookup, Outer, Term, dense, packed, take
 
-# Numbers of dense gradients that are formed at once: 64 MiB of float32.
-CHUNK = 2**24
+# Numbers of dense gradients that are formed at once: 8 MiB of float32.
+CHUNK = 2**21
 
 
 @dataclasses.dataclass(frozen=True)

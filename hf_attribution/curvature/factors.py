@@ -42,8 +42,8 @@ class FactorSums:
             left, right = left[used], term.right[used]
             left_weight = right_weight = None
             if mixed:
-                # A weight that is a table and a linear layer has gradients of two kinds, whose factors differ in scale.
-                # A position then counts as much as its gradient is long: the factors are those of the block's trace.
+                # A weight that is a table and a linear layer has gradients of two kinds, with factors of different
+                # scale. A position then counts as much as its gradient is long: the trace is that of the block.
                 left_weight, right_weight = right.square().sum(1), right.new_ones(len(right))
                 if isinstance(term, Outer):
                     right_weight = left.square().sum(1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hf_attribution.data import Batch, Split
 from hf_attribution.gradients.checks import refuse_non_finite
 from hf_attribution.gradients.per_example import Gradients, PerExampleGradients
-from hf_attribution.gradients.terms import Dense
+from hf_attribution.gradients.terms import squared_norms
 from hf_attribution.seeds import derive_seed
 from hf_attribution.tasks import Batch as Inputs
 from hf_attribution.tasks import Task
@@ -71,14 +71,11 @@ class CurvatureRows:
         return self.gradients[0](self._prepared(self.split.probe()))
 
     def refuse_non_finite(self) -> None:
-        """Find the first example with a gradient that is NaN or infinite, and refuse it by row and parameter."""
+        """Find the first example whose gradient is NaN, infinite or too long, and refuse it by row and parameter."""
         for gradients in self:
             for name, terms in gradients.terms.items():
-                for term in terms:
-                    tensors = [term.values] if isinstance(term, Dense) else [term.right, getattr(term, "left", None)]
-                    for tensor in tensors:
-                        if tensor is not None:
-                            refuse_non_finite(tensor, gradients.indices, f"The gradient of {name}")
+                what = f"The squared length of the gradient of {name}"
+                refuse_non_finite(squared_norms(terms), gradients.indices, what)
 
     def _prepared(self, batch: Batch) -> Batch:
         batch = batch.to(self.device)

@@ -47,7 +47,9 @@ def directional_products(
         total=scores.size, desc="gradient products", unit="pairs", unit_scale=True, leave=False, disable=not progress
     ) as bar:
         for block in gradient_blocks(queries):
-            directions = concatenate([hold(gradients) for gradients in preconditioner(block)])
+            parts = [hold(gradients) for gradients in preconditioner(block)]
+            directions = concatenate(parts) if len(parts) > 1 else parts[0]
+            del parts
             for batch in train.split.batches():
                 gradients = train.gradients(batch.to(train.gradients.device))
                 found = directions.products(hold(_packed(gradients)))
@@ -72,7 +74,8 @@ def self_products(train: Source, preconditioner: Preconditioner, progress: bool 
 def gradient_blocks(source: Source) -> Iterator[list[Gradients]]:
     """The gradients of all rows of a source, in blocks whose dense form would fit in `products.BLOCK_BYTES`."""
     itemsize = next(iter(source.gradients.parameters.values())).element_size()
-    size = max(1, products.BLOCK_BYTES // (max(4, itemsize) * source.gradients.num_parameters))
+    # Once dense, and once more while parts are joined.
+    size = max(1, products.BLOCK_BYTES // (2 * max(4, itemsize) * source.gradients.num_parameters))
     block: list[Gradients] = []
     held = 0
     for batch in source.split.batches():

@@ -26,7 +26,6 @@ class DataInf(Preconditioned):
 
     def fit(self, problem: Problem, model: nn.Module, number: int) -> tuple[Preconditioner, dict[str, Any]]:
         """The mean of the inverses: the training data are read once for λ, and once per block of queries."""
-        train = self._source(problem, model, "train")
         with torch.no_grad():
-            inverse = MeanInverse(train, self.relative_damping, problem.progress)
+            inverse = MeanInverse(self.gains(problem, model), self._damping, problem.progress)
         return inverse, {"lambda": inverse.ridges}

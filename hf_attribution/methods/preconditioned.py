@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,34 +15,29 @@ from hf_attribution.curvature.kronecker import KroneckerCurvature, fit_curvature
 from hf_attribution.curvature.rows import CURVATURES, CurvatureRows
 from hf_attribution.gradients.directions import Preconditioner, directional_products, self_products
 from hf_attribution.gradients.held import Source
-from hf_attribution.gradients.layers import last_linear
 from hf_attribution.inputs import weights_fingerprint
-from hf_attribution.methods.base import Method, Scored
+from hf_attribution.methods.base import GradientMethod, Scored, positive_damping
 from hf_attribution.problem import Problem
 
 
 @dataclasses.dataclass(frozen=True)
-class Preconditioned(Method, abc.ABC):
+class Preconditioned(GradientMethod, abc.ABC):
     """Base of the methods whose P is a damped inverse of block-diagonal curvature. Averages over the checkpoints.
 
     Args:
         damping: λ in units of the mean squared length of the curvature's gradients, with the curvature a sum over
             training examples. `"auto"` uses the method's own choice, recorded with the scores.
-        modules: Patterns of the modules whose parameters count; all by default.
+        modules: Patterns (`fnmatch`) of the modules whose parameters count; all by default.
         last_layer: Only the parameters of the last linear layer count.
     """
 
     damping: float | str = "auto"
-    modules: tuple[str, ...] | None = None
-    last_layer: bool = False
 
     auto_damping: ClassVar[float]
 
     def __post_init__(self) -> None:
-        if self.damping != "auto" and not float(self.damping) > 0:
-            raise ValueError(f"damping must be positive (the curvature can be singular), not {self.damping}.")
-        if self.last_layer and self.modules is not None:
-            raise ValueError("Give either last_layer=True or modules=[...].")
+        super().__post_init__()
+        positive_damping(self.damping, self.auto_damping)
 
     @abc.abstractmethod
     def fit(self, problem: Problem, model: nn.Module, number: int) -> tuple[Preconditioner, dict[str, Any]]:
@@ -49,39 +45,40 @@ class Preconditioned(Method, abc.ABC):
 
     def score(self, problem: Problem) -> Scored:
         """Precondition the queries' gradients, and multiply them with those of the training examples."""
-        values, notes = np.zeros(problem.shape, np.float32), []
-        for number, (model, share) in enumerate(problem.models()):
+        notes = []
+
+        def one(model: nn.Module, number: int) -> np.ndarray:
             preconditioner, note = self.fit(problem, model, number)
-            queries, train = self._source(problem, model, "query"), self._source(problem, model, "train")
-            values += share * directional_products(queries, train, preconditioner, problem.progress)
             notes.append(note)
-        return Scored(values, self._choices(notes))
+            queries, train = self.queries(problem, model), self.gains(problem, model)
+            return directional_products(queries, train, preconditioner, problem.progress)
+
+        values = problem.average(one)
+        shared = {key: value for key, value in notes[0].items() if key != "lambda"}
+        return Scored(values, {"damping": self._damping, **shared, "lambda": [note["lambda"] for note in notes]})
 
     def self_influence(self, problem: Problem) -> np.ndarray:
         """`∇gain(i)ᵀ P ∇gain(i)` of every training example, averaged over the checkpoints: float32 `[N]`."""
-        values = np.zeros(len(problem.train), np.float32)
-        for number, (model, share) in enumerate(problem.models()):
+
+        def one(model: nn.Module, number: int) -> np.ndarray:
             preconditioner, _ = self.fit(problem, model, number)
-            values += share * self_products(self._source(problem, model, "train"), preconditioner, problem.progress)
-        return values
+            return self_products(self.gains(problem, model), preconditioner, problem.progress)
+
+        return problem.average(one)
+
+    def queries(self, problem: Problem, model: nn.Module) -> Source:
+        """The gradients of the queries' measurements."""
+        function = problem.task.measurement
+        return Source(problem.gradients(model, function, problem.query, self.modules_of(model)), problem.query)
+
+    def gains(self, problem: Problem, model: nn.Module) -> Source:
+        """The gradients of what training on an example raises."""
+        function = problem.task.gains
+        return Source(problem.gradients(model, function, problem.train, self.modules_of(model)), problem.train)
 
     @property
-    def relative_damping(self) -> float:
-        """The damping, chosen or given."""
-        return self.auto_damping if self.damping == "auto" else float(self.damping)
-
-    def chosen_modules(self, model: nn.Module) -> tuple[str, ...] | None:
-        """Patterns of the modules that count in a model."""
-        return (last_linear(model),) if self.last_layer else self.modules
-
-    def _source(self, problem: Problem, model: nn.Module, name: str) -> Source:
-        split = problem.train if name == "train" else problem.query
-        function = problem.task.gains if name == "train" else problem.task.measurement
-        return Source(problem.gradients(model, function, split, self.chosen_modules(model)), split)
-
-    def _choices(self, notes: list[dict[str, Any]]) -> dict[str, Any]:
-        shared = {key: value for key, value in notes[0].items() if key != "lambda"}
-        return {"damping": self.relative_damping, **shared, "lambda": [note["lambda"] for note in notes]}
+    def _damping(self) -> float:
+        return positive_damping(self.damping, self.auto_damping)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +86,10 @@ class Kronecker(Preconditioned):
     """Base of the methods that invert a `KroneckerCurvature`.
 
     Args:
-        damping: See `Preconditioned`.
-        modules: See `Preconditioned`.
-        last_layer: See `Preconditioned`.
+        damping: λ in units of the mean squared length of the curvature's gradients (its trace per example), with the
+            curvature a sum over training examples. `"auto"` uses the method's own choice, recorded with the scores.
+        modules: Patterns (`fnmatch`) of the modules whose parameters count; all by default.
+        last_layer: Only the parameters of the last linear layer count.
         curvature: `"true_fisher"`: the Fisher matrix by targets drawn from the model, one for each example's own;
             `"gauss_newton"`: what that is on average, for classifiers and regressions, at the cost of a pass for each
             class; `"fisher"`: the empirical Fisher matrix, of the gradients of the losses themselves.
@@ -108,16 +106,16 @@ class Kronecker(Preconditioned):
 
     def fit(self, problem: Problem, model: nn.Module, number: int) -> tuple[Preconditioner, dict[str, Any]]:
         """The inverse of the curvature of one model, which is kept in the problem's `cache_dir`."""
-        modules = self.chosen_modules(model)
+        modules = self.modules_of(model)
         curvature = self._curvature(problem, model, modules, self.seed + number)
         unit = curvature.unit
-        ridge = self.relative_damping * unit if unit > 0 else 1.0
+        ridge = self._damping * unit if unit > 0 else 1.0
         inverse = curvature.to(problem.device).inverse(ridge)
         note: dict[str, Any] = {"modules": list(modules or ())} if self.last_layer else {}
         return inverse, {**note, "lambda": ridge}
 
     def _curvature(
-        self, problem: Problem, model: nn.Module, modules: tuple[str, ...] | None, seed: int
+        self, problem: Problem, model: nn.Module, modules: Sequence[str] | None, seed: int
     ) -> KroneckerCurvature:
         settings = {
             "kind": self.name,
