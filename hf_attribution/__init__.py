@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hf_attribution.metric_cache import metric_path, register_metrics
 
 if TYPE_CHECKING:
-    from hf_attribution.attribution import attribute, self_influence
+    from hf_attribution.attribution import attribute, attribute_parts, self_influence
     from hf_attribution.counterfactuals import Counterfactuals, Subsets
     from hf_attribution.ensemble import Ensemble
     from hf_attribution.estimation import (
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         TrackStar,
         Trak,
     )
+    from hf_attribution.part_scores import PartScores
     from hf_attribution.problem import Checkpoint
     from hf_attribution.scores import Scores
     from hf_attribution.tasks import infer_task
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "attribution": ("attribute", "self_influence"),
+    "attribution": ("attribute", "attribute_parts", "self_influence"),
     "counterfactuals": ("Counterfactuals", "Subsets"),
     "ensemble": ("Ensemble",),
     "estimation": (
@@ -93,6 +94,7 @@ _MODULES = {
         "TrackStar",
         "Trak",
     ),
+    "part_scores": ("PartScores",),
     "problem": ("Checkpoint",),
     "scores": ("Scores",),
     "tasks": ("infer_task",),
@@ -126,6 +128,7 @@ __all__ = [
     "LDSReport",
     "LabelMatch",
     "LoGra",
+    "PartScores",
     "Random",
     "RepresentationSimilarity",
     "Representer",
@@ -137,6 +140,7 @@ __all__ = [
     "TrackStar",
     "Trak",
     "attribute",
+    "attribute_parts",
     "choose",
     "cross_fit",
     "estimate",

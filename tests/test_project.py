@@ -17,6 +17,8 @@ LAYERS = (
     ("errors", "seeds", "seals", "metric_cache", "arguments"),
     ("artefacts", "scores", "subsets", "counterfactuals", "provenance", "reliability", "rows"),
     ("evaluation", "tuning", "estimation", "splits", "preprocessing"),
+    ("artefacts", "scores", "part_scores", "subsets", "counterfactuals", "provenance", "reliability", "rows"),
+    ("evaluation", "tuning", "splits", "preprocessing"),
     ("inputs", "logits", "tasks", "data"),
     ("gradients",),
     ("curvature",),

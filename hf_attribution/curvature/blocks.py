@@ -44,11 +44,12 @@ class Block:
         """Whether the last column is a bias."""
         return len(self.parameters) == 2
 
-    def matrices(self, gradients: Mapping[str, list[Term]]) -> list[Term]:
+    def matrices(self, gradients: Mapping[str, list[Term]], pack: bool = True) -> list[Term]:
         """The terms of the block's matrix.
 
         Args:
             gradients: The terms of every parameter.
+            pack: Whether to leave out positions that add nothing.
 
         Returns:
             For a vector, one `Dense` of `[B, 1, columns]`; else `Outer` and `Lookup` terms with the block's rows and
@@ -60,7 +61,7 @@ class Block:
         terms = gradients.get(self.parameters[0], [])
         if self.kind == "vector":
             return [Dense(dense(terms)[:, None])] if terms else []
-        return [self._matrix(packed(term)) for term in terms]
+        return [self._matrix(packed(term) if pack else term) for term in terms]
 
     def split(self, matrices: Tensor) -> dict[str, Tensor]:
         """Matrices `[B, rows, columns]` as values of the block's parameters, each `[B, P]`."""
@@ -68,6 +69,14 @@ class Block:
         weight = weight.transpose(1, 2) if self.transposed else weight
         parts = {self.parameters[0]: weight.flatten(1)}
         return {**parts, self.parameters[1]: matrices[..., -1]} if self.has_bias else parts
+
+    def join(self, gradients: Mapping[str, list[Term]]) -> Tensor:
+        """What `split` was given: matrices `[B, rows, columns]`, from values of the block's parameters."""
+        weight = dense(gradients[self.parameters[0]])
+        rows, columns = self.shape[0], self.shape[1] - self.has_bias
+        weight = weight.unflatten(1, (columns, rows) if self.transposed else (rows, columns))
+        weight = weight.transpose(1, 2) if self.transposed else weight
+        return torch.cat([weight, dense(gradients[self.parameters[1]])[..., None]], 2) if self.has_bias else weight
 
     def _matrix(self, term: Term) -> Term:
         if isinstance(term, Dense):

@@ -26,6 +26,7 @@ class DataInf(Preconditioned):
 
     def fit(self, problem: Problem, model: nn.Module, number: int) -> tuple[Preconditioner, dict[str, Any]]:
         """The mean of the inverses: the training data are read once for λ, and once per block of queries."""
+        _, train = problem.sources(model, self.modules_of(model))
         with torch.no_grad():
-            inverse = MeanInverse(self.gains(problem, model), self._damping, problem.progress)
+            inverse = MeanInverse(train, self._damping, problem.progress)
         return inverse, {"lambda": inverse.ridges}

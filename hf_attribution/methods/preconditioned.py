@@ -12,9 +12,9 @@ from torch import nn
 
 from hf_attribution.artefacts import fingerprint
 from hf_attribution.curvature.kronecker import KroneckerCurvature, fit_curvature
+from hf_attribution.curvature.parts import Layout
 from hf_attribution.curvature.rows import CURVATURES, CurvatureRows
 from hf_attribution.gradients.directions import Preconditioner, directional_products, self_products
-from hf_attribution.gradients.held import Source
 from hf_attribution.inputs import weights_fingerprint
 from hf_attribution.methods.base import GradientMethod, Scored, positive_damping
 from hf_attribution.problem import Problem
@@ -45,36 +45,41 @@ class Preconditioned(GradientMethod, abc.ABC):
 
     def score(self, problem: Problem) -> Scored:
         """Precondition the queries' gradients, and multiply them with those of the training examples."""
-        notes = []
+        notes: list[dict[str, Any]] = []
 
         def one(model: nn.Module, number: int) -> np.ndarray:
             preconditioner, note = self.fit(problem, model, number)
             notes.append(note)
-            queries, train = self.queries(problem, model), self.gains(problem, model)
+            queries, train = problem.sources(model, self.modules_of(model))
             return directional_products(queries, train, preconditioner, problem.progress)
 
-        values = problem.average(one)
-        shared = {key: value for key, value in notes[0].items() if key != "lambda"}
-        return Scored(values, {"damping": self._damping, **shared, "lambda": [note["lambda"] for note in notes]})
+        return Scored(problem.average(one), self._choices(notes))
+
+    def part_scores(self, problem: Problem, granularity: str) -> tuple[Layout, Scored]:
+        """The same, module by module, or token by token."""
+        notes: list[dict[str, Any]] = []
+
+        def one(model: nn.Module, number: int) -> tuple[Layout, np.ndarray]:
+            preconditioner, note = self.fit(problem, model, number)
+            notes.append(note)
+            return problem.part_products(model, granularity, preconditioner, self.modules_of(model))
+
+        layout, values = problem.average_parts(one)
+        return layout, Scored(values, self._choices(notes))
 
     def self_influence(self, problem: Problem) -> np.ndarray:
         """`∇gain(i)ᵀ P ∇gain(i)` of every training example, averaged over the checkpoints: float32 `[N]`."""
 
         def one(model: nn.Module, number: int) -> np.ndarray:
             preconditioner, _ = self.fit(problem, model, number)
-            return self_products(self.gains(problem, model), preconditioner, problem.progress)
+            _, train = problem.sources(model, self.modules_of(model))
+            return self_products(train, preconditioner, problem.progress)
 
         return problem.average(one)
 
-    def queries(self, problem: Problem, model: nn.Module) -> Source:
-        """The gradients of the queries' measurements."""
-        function = problem.task.measurement
-        return Source(problem.gradients(model, function, problem.query, self.modules_of(model)), problem.query)
-
-    def gains(self, problem: Problem, model: nn.Module) -> Source:
-        """The gradients of what training on an example raises."""
-        function = problem.task.gains
-        return Source(problem.gradients(model, function, problem.train, self.modules_of(model)), problem.train)
+    def _choices(self, notes: list[dict[str, Any]]) -> dict[str, Any]:
+        shared = {key: value for key, value in notes[0].items() if key != "lambda"}
+        return {"damping": self._damping, **shared, "lambda": [note["lambda"] for note in notes]}
 
     @property
     def _damping(self) -> float:
