@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from small_cnn import load
+from small_cnn import SmallCNN, load
 from small_cnn import train as train_cnn
 from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
@@ -38,6 +38,7 @@ class Example(NamedTuple):
 
     train: Dataset
     query: Dataset
+    fresh: Callable[[], nn.Module]
     fit: Callable[[], nn.Module]
 
 
@@ -48,7 +49,7 @@ def cnn() -> Example:
         Dataset.from_dict({"pixel_values": x.numpy(), "labels": y.numpy()}).with_format("torch")
         for x, y in ((images, labels), (query_images, query_labels))
     )
-    return Example(train_set, query_set, lambda: train_cnn(images, labels, seed=0))
+    return Example(train_set, query_set, SmallCNN, lambda: train_cnn(images, labels, seed=0))
 
 
 def bert() -> Example:
@@ -68,7 +69,10 @@ def bert() -> Example:
         max_position_embeddings=48, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     train_set = dataset.select(range(640))
-    return Example(train_set, dataset.select(range(640, 740)), lambda: train_bert(config, train_set[:]))
+    return Example(
+        train_set, dataset.select(range(640, 740)), lambda: BertForSequenceClassification(config),
+        lambda: train_bert(config, train_set[:]),
+    )  # fmt: skip
 
 
 def train_bert(config: BertConfig, rows: dict[str, Tensor]) -> nn.Module:
@@ -197,7 +201,7 @@ def compare(repeats: int) -> list[tuple[str, ...]]:
 
 
 def peak_memory(name: str, key: str) -> float:
-    """MiB that a run takes beyond what training left behind, in a process of its own."""
+    """MiB that a run takes beyond model and data, in a process of its own, on fresh weights."""
     output = subprocess.run([sys.executable, __file__, name, key], check=True, capture_output=True, text=True)
     return json.loads(output.stdout.splitlines()[-1])
 
@@ -206,8 +210,8 @@ def measure(name: str, key: str) -> float:
     """The same, in this process."""
     method, _, curvature = key.partition(" ")
     example = EXAMPLES[name]()
-    model = example.fit()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of training
+    model = example.fresh().eval()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _status("VmRSS")
     if method == "kronfluence":
         kronfluence(model, example, curvature, 1e-4)

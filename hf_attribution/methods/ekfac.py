@@ -15,4 +15,4 @@ class EKFac(Kronecker):
 
     name: ClassVar[str] = "ekfac"
     paper: ClassVar[str] = "Grosse et al. 2023, Studying large language model generalization with influence functions"
-    auto_damping: ClassVar[float] = 0.1
+    auto_damping: ClassVar[float] = 0.001

@@ -17,4 +17,4 @@ class KFac(Kronecker):
 
     name: ClassVar[str] = "kfac"
     paper: ClassVar[str] = "Martens & Grosse 2015, Optimizing neural networks with Kronecker-factored curvature"
-    auto_damping: ClassVar[float] = 0.1
+    auto_damping: ClassVar[float] = 0.001
