@@ -18,7 +18,7 @@ from hf_attribution.curvature.rows import CurvatureRows
 from hf_attribution.data import Split
 from hf_attribution.errors import ArtefactError, NonFiniteError, UnsupportedError
 from hf_attribution.gradients import products
-from hf_attribution.gradients.terms import Dense, dense
+from hf_attribution.gradients.terms import Dense, Outer, dense
 from hf_attribution.methods import METHODS, preconditioned
 from hf_attribution.tasks import Classification, Regression, infer_task
 
@@ -394,3 +394,16 @@ def test_a_layer_that_stops_giving_factors_is_named(network):
     block = blocks.Block("head", ("head.weight",), (3, 5), "linear")
     with pytest.raises(UnsupportedError, match=r"head has no Kronecker-factored curvature.*modules="):
         block.matrices({"head.weight": [Dense(torch.zeros(2, 3, 5))]})
+
+
+def test_a_table_tied_to_a_head_keeps_the_trace_of_both():
+    model, batch = make("gpt2")
+    rows = CurvatureRows(model, infer_task(model), Rows(batch), "fisher", None)
+    (spectrum,) = (s for s in fit(model, Rows(batch), "kfac").spectra if s.block.name == "transformer.wte.weight")
+    assert spectrum.block.kind == "table"
+    total = 0.0
+    for gradients in rows:
+        for term in gradients.terms[spectrum.block.name]:
+            lefts = term.left.square().sum(2) if isinstance(term, Outer) else 1.0
+            total += float((lefts * term.right.square().sum(2)).sum())
+    assert spectrum.trace == pytest.approx(total, rel=1e-4)
