@@ -100,7 +100,7 @@ def ours(
     model: nn.Module, example: Example, curvature: str, method: type[EKFac] | type[KFac] = EKFac
 ) -> tuple[np.ndarray, float]:
     """Scores of this library, and the damping per example."""
-    settings = method(curvature=curvature, modules=layers(model), damping=DAMPING)
+    settings = method(curvature=curvature, modules=layers(model), damping=DAMPING, per_layer=False)
     scores = attribute(
         model, example.train, example.query, method=settings, task=Classification(), batch_size=100, progress=False
     )

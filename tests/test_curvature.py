@@ -311,7 +311,11 @@ def test_factors_are_kept_found_again_and_inspected(network, tmp_path, monkeypat
     assert summary["rows"][:] == [5, 3]
     assert sum(summary["trace"][:]) == pytest.approx(curvature.unit)
     assert "ekfac, 2 blocks of 43 parameters, 23 examples" in repr(curvature)
-    assert first.provenance["choices"]["lambda"] == [pytest.approx(EKFac.auto_damping * curvature.unit)]
+    (ridges,) = first.provenance["choices"]["lambda"]
+    assert ridges == pytest.approx({block: EKFac.auto_damping * unit for block, unit in curvature.units.items()})
+    alike = run(network, EKFac(per_layer=False), cache_dir=tmp_path)
+    assert alike.provenance["choices"]["lambda"] == [pytest.approx(EKFac.auto_damping * curvature.unit)]
+    assert not np.allclose(alike.values, first.values, rtol=1e-2)
     monkeypatch.setattr(preconditioned, "fit_curvature", None)  # it is not fitted again, for other queries either
     other = run(network, EKFac(damping=1.0), query=points(3, 5), cache_dir=tmp_path)
     assert other.values.shape == (3, N)

@@ -79,9 +79,14 @@ class KroneckerCurvature(Artefact):
         )
 
     @property
+    def units(self) -> dict[str, float]:
+        """The trace of each block per example: the mean squared length of its part of a gradient."""
+        return {spectrum.block.name: spectrum.trace / self.num_examples for spectrum in self.spectra}
+
+    @property
     def unit(self) -> float:
         """The trace per example: the mean squared length of a gradient."""
-        return sum(spectrum.trace for spectrum in self.spectra) / self.num_examples
+        return sum(self.units.values())
 
     def summary(self) -> datasets.Dataset:
         """The blocks and their spectra.

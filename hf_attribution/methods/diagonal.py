@@ -10,7 +10,7 @@ from hf_attribution.methods.preconditioned import Kronecker
 class Diagonal(Kronecker):
     """`Σ_p ∂m(query) ∂gain(example) / (H_pp + λ)`, with H_pp the diagonal of the Fisher matrix.
 
-    The settings are those of `KFac`.
+    For the settings see `hf_attribution.methods.preconditioned.Kronecker`.
     """
 
     name: ClassVar[str] = "diagonal"

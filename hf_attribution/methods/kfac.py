@@ -13,7 +13,11 @@ class KFac(Kronecker):
     A and G are the sums of outer products of a layer's inputs (with a one for the bias) and of its output gradients,
     over R positions, without padding. Parameters other than the weights and biases of linear layers, convolutions and
     embeddings have a diagonal curvature.
+
+    For the settings see `hf_attribution.methods.preconditioned.Kronecker`.
     """
+
+    per_layer: bool = True
 
     name: ClassVar[str] = "kfac"
     paper: ClassVar[str] = "Martens & Grosse 2015, Optimizing neural networks with Kronecker-factored curvature"

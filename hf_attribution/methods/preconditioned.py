@@ -95,12 +95,14 @@ class Kronecker(Preconditioned):
             curvature a sum over training examples. `"auto"` uses the method's own choice, recorded with the scores.
         modules: Patterns (`fnmatch`) of the modules whose parameters count; all by default.
         last_layer: Only the parameters of the last linear layer count.
+        per_layer: Whether the unit is that of each layer's own gradients, so that every layer has a λ of its own.
         curvature: `"true_fisher"`: the Fisher matrix by targets drawn from the model, one for each example's own;
             `"gauss_newton"`: what that is on average, for classifiers and regressions, at the cost of a pass for each
             class; `"fisher"`: the empirical Fisher matrix, of the gradients of the losses themselves.
         seed: Seed of the drawn targets.
     """
 
+    per_layer: bool = False
     curvature: str = "true_fisher"
     seed: int = 0
 
@@ -113,11 +115,12 @@ class Kronecker(Preconditioned):
         """The inverse of the curvature of one model, which is kept in the problem's `cache_dir`."""
         modules = self.modules_of(model)
         curvature = self._curvature(problem, model, modules, self.seed + number)
-        unit = curvature.unit
-        ridge = self._damping * unit if unit > 0 else 1.0
-        inverse = curvature.to(problem.device).inverse(ridge)
+        units = curvature.units if self.per_layer else dict.fromkeys(curvature.units, curvature.unit)
+        # Of what has no gradient the inverse does not matter.
+        ridges = {block: self._damping * unit if unit > 0 else 1.0 for block, unit in units.items()}
+        inverse = curvature.to(problem.device).inverse(ridges)
         note: dict[str, Any] = {"modules": list(modules or ())} if self.last_layer else {}
-        return inverse, {**note, "lambda": ridge}
+        return inverse, {**note, "lambda": ridges if self.per_layer else next(iter(ridges.values()))}
 
     def _curvature(
         self, problem: Problem, model: nn.Module, modules: Sequence[str] | None, seed: int
