@@ -46,8 +46,7 @@ from hf_attribution.gradients.projections import Projection
 from hf_attribution.methods.knn_shapley import knn_shapley_scores
 from hf_attribution.tasks import infer_task
 
-SECTIONS = ("features", "memory", "trak", "influence", "store", "scoring", "datamodel", "knn_shapley")
-SECTIONS = ("features", "memory", "trak", "influence", "ekfac", "store", "scoring")
+SECTIONS = ("features", "memory", "trak", "influence", "ekfac", "store", "scoring", "datamodel", "knn_shapley")
 
 
 @dataclasses.dataclass

@@ -6,10 +6,6 @@ from typing import Any
 
 from hf_attribution.methods.base import Method, Scored
 from hf_attribution.methods.bm25 import BM25
-from hf_attribution.methods.grad_cos import GradCos
-from hf_attribution.methods.grad_dot import GradDot
-from hf_attribution.methods.influence import Influence
-from hf_attribution.methods.knn_shapley import KNNShapley
 from hf_attribution.methods.datainf import DataInf
 from hf_attribution.methods.diagonal import Diagonal
 from hf_attribution.methods.ekfac import EKFac
@@ -17,6 +13,7 @@ from hf_attribution.methods.grad_cos import GradCos
 from hf_attribution.methods.grad_dot import GradDot
 from hf_attribution.methods.influence import Influence
 from hf_attribution.methods.kfac import KFac
+from hf_attribution.methods.knn_shapley import KNNShapley
 from hf_attribution.methods.label_match import LabelMatch
 from hf_attribution.methods.logra import LoGra
 from hf_attribution.methods.random import Random
@@ -97,8 +94,8 @@ __all__ = [
     "GradCos",
     "GradDot",
     "Influence",
-    "KNNShapley",
     "KFac",
+    "KNNShapley",
     "LabelMatch",
     "LoGra",
     "Method",
