@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hf_attribution.metric_cache import metric_path, register_metrics
 
 if TYPE_CHECKING:
-    from hf_attribution.attribution import attribute, self_influence
+    from hf_attribution.attribution import attribute, attribute_parts, self_influence
     from hf_attribution.counterfactuals import Counterfactuals, Subsets
     from hf_attribution.debugging import find_duplicates, find_mislabeled, select_subset
     from hf_attribution.ensemble import Ensemble
@@ -34,9 +34,13 @@ if TYPE_CHECKING:
     from hf_attribution.methods import (
         BM25,
         METHODS,
+        DataInf,
+        Diagonal,
+        EKFac,
         GradCos,
         GradDot,
         Influence,
+        KFac,
         KNNShapley,
         LabelMatch,
         LoGra,
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
         TrackStar,
         Trak,
     )
+    from hf_attribution.part_scores import PartScores
     from hf_attribution.problem import Checkpoint
     from hf_attribution.scores import Scores
     from hf_attribution.studies import brittleness, removal_curve, stability
@@ -57,7 +62,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "attribution": ("attribute", "self_influence"),
+    "attribution": ("attribute", "attribute_parts", "self_influence"),
     "counterfactuals": ("Counterfactuals", "Subsets"),
     "debugging": ("find_duplicates", "find_mislabeled", "select_subset"),
     "ensemble": ("Ensemble",),
@@ -75,10 +80,14 @@ _MODULES = {
     "methods": (
         "BM25",
         "METHODS",
+        "DataInf",
+        "Diagonal",
+        "EKFac",
         "GradCos",
         "GradDot",
         "Influence",
         "KNNShapley",
+        "KFac",
         "LabelMatch",
         "LoGra",
         "Random",
@@ -88,6 +97,7 @@ _MODULES = {
         "TrackStar",
         "Trak",
     ),
+    "part_scores": ("PartScores",),
     "problem": ("Checkpoint",),
     "scores": ("Scores",),
     "studies": ("brittleness", "removal_curve", "stability"),
@@ -109,15 +119,20 @@ __all__ = [
     "Checkpoint",
     "Counterfactuals",
     "CrossFit",
+    "DataInf",
     "Datamodel",
+    "Diagonal",
+    "EKFac",
     "Ensemble",
     "GradCos",
     "GradDot",
     "Influence",
+    "KFac",
     "KNNShapley",
     "LDSReport",
     "LabelMatch",
     "LoGra",
+    "PartScores",
     "Random",
     "RepresentationSimilarity",
     "Representer",
@@ -129,6 +144,7 @@ __all__ = [
     "TrackStar",
     "Trak",
     "attribute",
+    "attribute_parts",
     "brittleness",
     "choose",
     "cross_fit",

@@ -17,7 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_attribution.data import Split, check_same_columns, used_columns
 from hf_attribution.ensemble import Ensemble
 from hf_attribution.errors import MismatchError, NonFiniteError
-from hf_attribution.methods import Method, get_method
+from hf_attribution.methods import Method, Scored, get_method
+from hf_attribution.part_scores import PartScores
 from hf_attribution.problem import Checkpoint, Problem
 from hf_attribution.scores import Scores
 from hf_attribution.tasks import Task, infer_task
@@ -77,17 +78,68 @@ def attribute(
         scored = chosen.score(problem)
         values = np.asarray(scored.values, dtype=np.float32)
         _check_values(values, problem.shape, chosen.name)
-        provenance = {
-            "fingerprints": problem.fingerprints,
-            "measurement": problem.task.measurement_name,
-            "task": problem.task.description,
-            "checkpoints": [checkpoint.name for checkpoint in problem.checkpoints],
-            "weights": problem.weights,
-            **used_subsets,
-            "choices": scored.choices,
-            "seconds": time.perf_counter() - started,
-        }
+        provenance = _provenance(problem, used_subsets, scored, started)
     return Scores(values=values, method=chosen.name, settings=chosen.settings, provenance=provenance)
+
+
+def attribute_parts(
+    model: nn.Module,
+    train_dataset: Any,
+    query_dataset: Any,
+    *,
+    granularity: str = "token",
+    method: str | Method = "grad_dot",
+    task: Task | None = None,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    checkpoints: Ensemble | Sequence[str | Path | nn.Module | Checkpoint] | None = None,
+    batch_size: int = 32,
+    cache_dir: str | Path | None = None,
+    remove_unused_columns: bool = True,
+    progress: bool = True,
+) -> PartScores:
+    """Attribute as `attribute` does, to the tokens of the training examples or to the model's modules.
+
+    Args:
+        model: The trained model, on the device to compute on.
+        train_dataset: What it was trained on, preprocessed: N rows.
+        query_dataset: What to explain, preprocessed alike: Q rows.
+        granularity: `"token"`: what each token of a training example adds to its score. `"module"`: what each module
+            of the model does.
+        method: A method whose scores are such sums: `"grad_dot"`, `"tracin"`, `"diagonal"`, `"kfac"`, `"ekfac"` or
+            `"datainf"`, by name or with settings.
+        task: What is learned and measured; by default told from the model's class, see `infer_task`.
+        data_collator: The collator of training; by default transformers' `default_data_collator`.
+        checkpoints: Weights to attribute with, instead of the model's own, as for `attribute`.
+        batch_size: Rows in a batch. It does not change the scores.
+        cache_dir: Where curvature is kept and found again; by default it is deleted at the end.
+        remove_unused_columns: Drop columns that the model's `forward` does not take, as the Trainer does.
+        progress: Whether to show progress bars.
+
+    Returns:
+        `PartScores`; their `sum()` is what `attribute` returns.
+
+    Raises:
+        UnsupportedError: If the method's scores are no such sums, or the data have no tokens.
+        ValueError: If the granularity is unknown, or as for `attribute`.
+
+    Example:
+        >>> parts = attribute_parts(model, train, test, granularity="token", method="ekfac")  # doctest: +SKIP
+        >>> parts.of(query=0, example=7)  # doctest: +SKIP
+    """
+    if granularity not in ("module", "token"):
+        raise ValueError(f"granularity must be 'module' or 'token', not {granularity!r}; `attribute` scores examples.")
+    chosen = get_method(method)
+    started = time.perf_counter()
+    with _problem(
+        model, train_dataset, query_dataset, task, data_collator, checkpoints, batch_size, cache_dir,
+        remove_unused_columns, progress,
+    ) as (problem, used_subsets):  # fmt: skip
+        layout, scored = chosen.part_scores(problem, granularity)
+        provenance = _provenance(problem, used_subsets, scored, started)
+    return PartScores(
+        scored.values, layout.examples, layout.parts, granularity, layout.names, chosen.name, chosen.settings,
+        provenance,
+    )  # fmt: skip
 
 
 def self_influence(
@@ -141,6 +193,20 @@ def self_influence(
         values = np.asarray(chosen.self_influence(problem), dtype=np.float32)
         _check_values(values[None], (1, problem.shape[1]), f"{chosen.name} (self-influence)")
     return values
+
+
+def _provenance(problem: Problem, used_subsets: dict[str, Any], scored: Scored, started: float) -> dict[str, Any]:
+    """What scores came from."""
+    return {
+        "fingerprints": problem.fingerprints,
+        "measurement": problem.task.measurement_name,
+        "task": problem.task.description,
+        "checkpoints": [checkpoint.name for checkpoint in problem.checkpoints],
+        "weights": problem.weights,
+        **used_subsets,
+        "choices": scored.choices,
+        "seconds": time.perf_counter() - started,
+    }
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
 """Functions of logits and targets, for targets of which some are to be ignored."""
 
+import torch
 from torch import Tensor
 
 from hf_attribution.errors import MismatchError
+from hf_attribution.seeds import generator
 
 IGNORE_INDEX = -100
 
@@ -40,3 +42,25 @@ def margins(logits: Tensor, targets: Tensor) -> Tensor:
     index = targets.clamp(min=0)[..., None]
     others = logits.scatter(-1, index, float("-inf")).logsumexp(-1)
     return logits.gather(-1, index)[..., 0] - others
+
+
+def sampled_classes(logits: Tensor, targets: Tensor, seeds: Tensor) -> Tensor:
+    """Classes drawn from the model's distribution, the same for an example whatever it is padded with.
+
+    Args:
+        logits: `[B, T, C]`.
+        targets: `[B, T]`; the ignored ones are ignored in the draw, too.
+        seeds: A seed for each example, `[B]`.
+
+    Returns:
+        `[B, T]`.
+    """
+    kept = targets != IGNORE_INDEX
+    draws = [
+        torch.rand(count, generator=generator(seed), dtype=torch.float64)
+        for seed, count in zip(seeds.tolist(), kept.sum(1).tolist(), strict=True)
+    ]
+    distribution = logits[kept].softmax(-1).cumsum(-1)
+    thresholds = torch.cat(draws).to(distribution) * distribution[:, -1]
+    drawn = torch.searchsorted(distribution, thresholds[:, None], right=True)[:, 0]
+    return targets.masked_scatter(kept, drawn.clamp(max=logits.shape[-1] - 1))

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hf_attribution.artefacts import fingerprint
+from hf_attribution.curvature.parts import Layout, module_layout, part_products, token_layout
 from hf_attribution.data import Split
 from hf_attribution.errors import MismatchError
+from hf_attribution.gradients.directions import Preconditioner
 from hf_attribution.gradients.features import FeatureStore, compute_features
 from hf_attribution.gradients.held import Source
 from hf_attribution.gradients.moments import DividedGradients, SecondMoments
@@ -111,6 +113,20 @@ class Problem:
             total = total + part
         return total.astype(np.float32, copy=False)
 
+    def average_parts(
+        self, function: Callable[[nn.Module, int], tuple[Layout, np.ndarray]]
+    ) -> tuple[Layout, np.ndarray]:
+        """The same of a function that says, beside its values, what their columns are: the same for all models."""
+        layouts: list[Layout] = []
+
+        def values(model: nn.Module, number: int) -> np.ndarray:
+            layout, found = function(model, number)
+            layouts.append(layout)
+            return found
+
+        total = self.average(values)
+        return layouts[0], total
+
     def gradients(
         self, model: nn.Module, function: Callable[..., Tensor], split: Split, modules: Sequence[str] | None = None
     ) -> PerExampleGradients:
@@ -147,6 +163,34 @@ class Problem:
         queries = self.gradients(model, self.task.measurement, self.query, modules)
         train = self.gradients(model, self.task.gains, self.train, modules)
         return gradient_products(queries, self.query, train, self.train, normalize, self.progress)
+
+    def sources(self, model: nn.Module, modules: Sequence[str] | None = None) -> tuple[Source, Source]:
+        """The gradients of the queries' measurements, and of what training on the examples raises."""
+        queries = self.gradients(model, self.task.measurement, self.query, modules)
+        train = self.gradients(model, self.task.gains, self.train, modules)
+        return Source(queries, self.query), Source(train, self.train)
+
+    def part_products(
+        self,
+        model: nn.Module,
+        granularity: str,
+        preconditioner: Preconditioner,
+        modules: Sequence[str] | None = None,
+    ) -> tuple[Layout, np.ndarray]:
+        """Inner products of preconditioned query gradients with the parts of training gradients.
+
+        Args:
+            model: A model of `models()`.
+            granularity: `"module"` or `"token"`.
+            preconditioner: What is applied to the queries' gradients.
+            modules: Patterns of the modules whose parameters count.
+
+        Returns:
+            What the parts are, and float32 `[Q, K]`.
+        """
+        queries, train = self.sources(model, modules)
+        layout = module_layout(train) if granularity == "module" else token_layout(train, model)
+        return layout, part_products(queries, train, preconditioner, layout, model, self.progress)
 
     def squared_lengths(
         self, model: nn.Module, modules: Sequence[str] | None = None, dim: int | None = None, seed: int = 0

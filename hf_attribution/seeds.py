@@ -26,6 +26,11 @@ def derive_seed(*parts: int | str) -> int:
     return xxhash.xxh3_64_intdigest("\x1f".join(map(str, parts)).encode()) & 0x7FFFFFFF
 
 
+def generator(seed: int) -> torch.Generator:
+    """A generator of random numbers on the CPU, which are the same wherever the model is."""
+    return torch.Generator().manual_seed(seed)
+
+
 def random_state() -> bytes:
     """The states of Python's, NumPy's and torch's generators, to tell whether anything was drawn from them."""
     legacy_numpy = np.random.get_state()  # noqa: NPY002

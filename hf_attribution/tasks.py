@@ -16,7 +16,8 @@ from transformers.models.auto import modeling_auto
 
 from hf_attribution.errors import MismatchError, UnsupportedError
 from hf_attribution.inputs import accepts, unwrap, with_positions
-from hf_attribution.logits import IGNORE_INDEX, margins, picked, refuse_unknown_classes, token_sum
+from hf_attribution.logits import IGNORE_INDEX, margins, picked, refuse_unknown_classes, sampled_classes, token_sum
+from hf_attribution.seeds import generator
 
 Batch = Mapping[str, Any]
 Measure = str | Callable[[nn.Module, Batch], Tensor]
@@ -142,6 +143,25 @@ class Task:
             "the task is your own): use curvature='fisher'."
         )
 
+    def sampled_losses(self, model: nn.Module, batch: Batch, seeds: Tensor) -> Tensor:
+        """The loss of each example on targets drawn from the model: its gradients make up the true Fisher matrix.
+
+        Args:
+            model: The model.
+            batch: What the data collator returned.
+            seeds: A seed for each example's targets, `[B]`.
+
+        Returns:
+            Minus the log-probability of the drawn targets, up to a constant, `[B]`.
+
+        Raises:
+            UnsupportedError: If the task does not say how its targets are distributed.
+        """
+        raise UnsupportedError(
+            f"{type(self).__name__} says nothing of the distribution of its targets: use curvature='fisher', or "
+            "override `sampled_losses`."
+        )
+
     def labels(self, dataset: Any) -> np.ndarray | None:
         """The class of each row of a dataset, `[N]` integers, or `None` where rows have no class."""
         return None
@@ -182,6 +202,16 @@ class PredictionTask(Task):
     """Tasks whose targets are classes: one per example, or one per target token."""
 
     measures: ClassVar[tuple[str, ...]] = ("margin", "log_probability", "loss", "negative_loss", "logit")
+
+    def sampled_losses(self, model: nn.Module, batch: Batch, seeds: Tensor) -> Tensor:
+        """Cross-entropy on classes drawn from the model, one for each target; without label smoothing."""
+        if type(self).losses is not Task.losses or type(self)._losses is not PredictionTask._losses:
+            # A loss of the user's own need not be cross-entropy.
+            return super().sampled_losses(model, batch, seeds)
+        logits, targets = self._aligned(self._logits(model, batch), self._targets(batch))
+        refuse_unknown_classes(targets, logits.shape[-1])
+        drawn = sampled_classes(logits.detach(), targets, seeds)
+        return token_sum(-picked(logits.log_softmax(-1), drawn), targets)
 
     def _aligned(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `[B, T, C]` and targets `[B, T]` that belong together."""
@@ -262,6 +292,15 @@ class Regression(Task):
         targets = self._targets(batch).to(outputs.dtype).reshape(outputs.shape)
         root = (2 / outputs.shape[1]) ** 0.5
         return root * outputs, root * (targets - outputs.detach())
+
+    def sampled_losses(self, model: nn.Module, batch: Batch, seeds: Tensor) -> Tensor:
+        """Squared error against targets drawn around the outputs, of which it is the log-density."""
+        if type(self).losses is not Task.losses or type(self)._losses is not Regression._losses:
+            return super().sampled_losses(model, batch, seeds)
+        outputs = self._logits(model, batch)
+        noise = [torch.randn(outputs[0].numel(), generator=generator(seed)) for seed in seeds.tolist()]
+        drawn = torch.stack(noise).to(outputs).reshape(outputs.shape) * (outputs[0].numel() / 2) ** 0.5
+        return self._losses(outputs, outputs.detach() + drawn)
 
     def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         targets = targets.to(logits.dtype).reshape(logits.shape)

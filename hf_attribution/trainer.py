@@ -8,12 +8,13 @@ import numpy as np
 from torch import nn
 from transformers import Trainer
 
-from hf_attribution.attribution import attribute, self_influence, trainer_checkpoints
+from hf_attribution.attribution import attribute, attribute_parts, self_influence, trainer_checkpoints
 from hf_attribution.counterfactuals import Counterfactuals, Subsets
 from hf_attribution.data import Split
 from hf_attribution.ensemble import Ensemble
 from hf_attribution.errors import UnsupportedError
 from hf_attribution.methods import Method, get_method
+from hf_attribution.part_scores import PartScores
 from hf_attribution.retraining import Recipe, Request, make_plan, run_plan
 from hf_attribution.retraining.recipe import copied, given
 from hf_attribution.retraining.runs import select_rows
@@ -102,6 +103,44 @@ class AttributionMixin(_Base):
             cast(nn.Module, self.model),
             _one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
             _one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query"),
+            **self._attribution_settings(method, checkpoints, task, batch_size, cache_dir),
+        )
+
+    def attribute_parts(
+        self,
+        query_dataset: Any = None,
+        granularity: str = "token",
+        method: str | Method = "grad_dot",
+        train_dataset: Any = None,
+        checkpoints: Ensemble | Sequence[str | Path | nn.Module] | None = None,
+        task: Task | None = None,
+        batch_size: int | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> PartScores:
+        """Attribute as `attribute` does, to the tokens of the training examples or to the model's modules.
+
+        Args:
+            query_dataset: As for `attribute`.
+            granularity: `"token"` or `"module"`.
+            method: A method whose scores are sums over them: `"grad_dot"`, `"tracin"`, `"diagonal"`, `"kfac"`,
+                `"ekfac"` or `"datainf"`, by name or with settings.
+            train_dataset: As for `attribute`.
+            checkpoints: As for `attribute`.
+            task: As for `attribute`.
+            batch_size: As for `attribute`.
+            cache_dir: Where curvature is kept and found again; by default it is deleted at the end.
+
+        Returns:
+            `PartScores`; their `sum()` is what `attribute` returns.
+
+        Example:
+            >>> trainer.attribute_parts(test, "token", method="ekfac").of(query=0, example=7)  # doctest: +SKIP
+        """
+        return attribute_parts(
+            cast(nn.Module, self.model),
+            _one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
+            _one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query"),
+            granularity=granularity,
             **self._attribution_settings(method, checkpoints, task, batch_size, cache_dir),
         )
 

@@ -8,6 +8,7 @@ Sections:
   features   projected gradients of the demo's three models against one plain forward and backward pass over the rows
   memory     peak memory of the same for N and 4 N rows
   trak       TRAK (one model) against one training of a small CNN, beside `traker` and `dattri` where they install
+  ekfac      EK-FAC and K-FAC against one training of a small CNN and of a small BERT, beside `kronfluence`
   influence  exact influence functions through kernels against one training of the same CNN
   store      the second `attribute` on an existing store: seconds, and rows read
   scoring    queries x examples x dimensions of stored features, in bounded memory
@@ -45,7 +46,7 @@ from hf_attribution.gradients.projections import Projection
 from hf_attribution.methods.knn_shapley import knn_shapley_scores
 from hf_attribution.tasks import infer_task
 
-SECTIONS = ("features", "memory", "trak", "influence", "store", "scoring", "datamodel", "knn_shapley")
+SECTIONS = ("features", "memory", "trak", "influence", "ekfac", "store", "scoring", "datamodel", "knn_shapley")
 
 
 @dataclasses.dataclass
@@ -82,6 +83,7 @@ def main() -> None:
             "memory": benchmark_memory,
             "trak": benchmark_trak,
             "influence": benchmark_influence,
+            "ekfac": benchmark_ekfac,
             "store": benchmark_store,
             "scoring": benchmark_scoring,
             "datamodel": benchmark_datamodel,
@@ -191,6 +193,16 @@ def _compare(runs: Any, title: str, arguments: Arguments, console: Console) -> N
 
     table = Table("library or setting", "seconds", "trainings", "LDS", "partial LDS", title=title)
     for row in small_cnn.compare(runs, arguments.repeats):
+        table.add_row(*row)
+    console.print(table)
+
+
+def benchmark_ekfac(arguments: Arguments, console: Console) -> None:
+    """EK-FAC: fit and score, beside kronfluence where it is installed, with the same damping on the same model."""
+    import reference_ekfac
+
+    table = Table("task", "run", "seconds", "trainings", "times faster", "correlation", "peak memory, MiB more")
+    for row in reference_ekfac.compare(arguments.repeats):
         table.add_row(*row)
     console.print(table)
 

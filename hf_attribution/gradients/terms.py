@@ -100,7 +100,7 @@ def inner_products(left: Sequence[Term], right: Sequence[Term]) -> Tensor:
         return dense(left) @ dense(right).T
     # Example by example on the left: all pairs of positions of all pairs of examples would not fit.
     products = [
-        torch.stack([_factored_products(_example(one, b), other) for b in range(len(one))])
+        torch.stack([_factored_products(take(one, slice(b, b + 1)), other) for b in range(len(one))])
         for one in left
         for other in right
     ]
@@ -115,8 +115,33 @@ def squared_norms(terms: Sequence[Term]) -> Tensor:
         return term.left.square().sum((1, 2)) * term.right.square().sum((1, 2))
     if not is_large_table(terms):
         return dense(terms).square().sum(1)
-    examples = [[_example(term, b) for term in terms] for b in range(len(terms[0]))]
+    examples = [[take(term, slice(b, b + 1)) for term in terms] for b in range(len(terms[0]))]
     return torch.stack([inner_products(example, example)[0, 0] for example in examples])
+
+
+def take(term: Term, where: slice) -> Term:
+    """Some examples of a batch."""
+    if isinstance(term, Dense):
+        return Dense(term.values[where])
+    if isinstance(term, Outer):
+        return Outer(term.left[where], term.right[where])
+    return Lookup(term.ids[where], term.right[where], term.rows)
+
+
+def packed(term: Term) -> Term:
+    """The same gradients without positions that add nothing: padding, and what the value does not depend on."""
+    if isinstance(term, Dense):
+        return term
+    factor = term.left if isinstance(term, Outer) else term.right
+    counts = (used := (factor != 0).any(2)).sum(1)
+    longest = max(1, int(counts.max()))
+    if longest == factor.shape[1]:
+        return term
+    kept = used.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+    rows = torch.arange(len(kept), device=kept.device)[:, None]
+    if isinstance(term, Outer):
+        return Outer(term.left[rows, kept], term.right[rows, kept])
+    return Lookup(term.ids[rows, kept], term.right[rows, kept], term.rows)
 
 
 def is_large_table(terms: Sequence[Term]) -> bool:
@@ -148,14 +173,6 @@ def _is_rank_one(terms: Sequence[Term]) -> bool:
 
 # Entries of an embedding table from which on one dense gradient per example costs more than the factors' products.
 _LARGE_TABLE = 2**18
-
-
-def _example(term: Term, b: int) -> Term:
-    if isinstance(term, Dense):
-        return Dense(term.values[b : b + 1])
-    if isinstance(term, Outer):
-        return Outer(term.left[b : b + 1], term.right[b : b + 1])
-    return Lookup(term.ids[b : b + 1], term.right[b : b + 1], term.rows)
 
 
 def _factored_products(one: Term, batch: Term) -> Tensor:

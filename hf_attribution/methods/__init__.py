@@ -6,9 +6,13 @@ from typing import Any
 
 from hf_attribution.methods.base import Method, Scored
 from hf_attribution.methods.bm25 import BM25
+from hf_attribution.methods.datainf import DataInf
+from hf_attribution.methods.diagonal import Diagonal
+from hf_attribution.methods.ekfac import EKFac
 from hf_attribution.methods.grad_cos import GradCos
 from hf_attribution.methods.grad_dot import GradDot
 from hf_attribution.methods.influence import Influence
+from hf_attribution.methods.kfac import KFac
 from hf_attribution.methods.knn_shapley import KNNShapley
 from hf_attribution.methods.label_match import LabelMatch
 from hf_attribution.methods.logra import LoGra
@@ -44,6 +48,10 @@ METHODS: dict[str, type[Method]] = _Methods(
             LoGra,
             TrackStar,
             Influence,
+            Diagonal,
+            KFac,
+            EKFac,
+            DataInf,
         )
     }
 )
@@ -80,9 +88,13 @@ def get_method(method: str | Method, **settings: Any) -> Method:
 __all__ = [
     "BM25",
     "METHODS",
+    "DataInf",
+    "Diagonal",
+    "EKFac",
     "GradCos",
     "GradDot",
     "Influence",
+    "KFac",
     "KNNShapley",
     "LabelMatch",
     "LoGra",

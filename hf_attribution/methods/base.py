@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from torch import nn
 
+from hf_attribution.curvature.parts import Layout
 from hf_attribution.errors import UnsupportedError
 from hf_attribution.gradients.layers import last_linear
 from hf_attribution.problem import Problem
@@ -57,6 +58,24 @@ class Method:
         raise UnsupportedError(
             f"{self.name} gives no example an influence on itself: use a method that compares gradients, for example "
             "'influence', 'trak' or 'grad_dot'."
+        )
+
+    def part_scores(self, problem: Problem, granularity: str) -> tuple[Layout, Scored]:
+        """Score parts of all training examples for all queries.
+
+        Args:
+            problem: Model, task, data.
+            granularity: `"module"` or `"token"`.
+
+        Returns:
+            What the K parts are, and values `[Q, K]` that add up to the examples' scores.
+
+        Raises:
+            UnsupportedError: If the scores are no sums over modules and tokens.
+        """
+        raise UnsupportedError(
+            f"The scores of {self.name} with these settings are no sums over {granularity}s: use a method that "
+            "multiplies whole gradients, such as 'ekfac' or 'grad_dot' with dim=None, or score examples."
         )
 
     @property

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from hf_attribution.curvature.parts import Identity, Layout
 from hf_attribution.methods.base import GradientMethod, Scored
 from hf_attribution.problem import Problem
 
@@ -40,3 +41,13 @@ class TracIn(GradientMethod):
         return len(problem.checkpoints) * problem.average(
             lambda model, _: problem.squared_lengths(model, self.modules_of(model), self.dim, self.seed)
         )
+
+    def part_scores(self, problem: Problem, granularity: str) -> tuple[Layout, Scored]:
+        """Add up the checkpoints module by module, or token by token."""
+        if self.dim is not None:
+            return super().part_scores(problem, granularity)
+        layout, values = problem.average_parts(
+            lambda model, _: problem.part_products(model, granularity, Identity(), self.modules_of(model))
+        )
+        rates = [checkpoint.weight for checkpoint in problem.checkpoints]
+        return layout, Scored(len(rates) * values, {"learning_rates": rates})
