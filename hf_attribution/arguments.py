@@ -171,6 +171,7 @@ class DemoArguments:
         metadata={"help": "Acts to play.", "choices": ["digits", "reviews", "shakespeare"]},
     )
     full: bool = option("More subsets and seeds, for tighter intervals.", False)
+    every_method: bool = option("All methods, and ensembles for all that take one, not a few.", False)
     output_dir: str = option("Folder for scores, retrainings and pictures.", "outputs/demo")
     seed: int = option("Seed of everything random.", 0)
 

@@ -194,7 +194,9 @@ def demo_command(argv: Sequence[str]) -> None:
     (args,) = _parse("demo", (DemoArguments,), argv)
     from hf_attribution.demo import run_demo
 
-    run_demo(acts=args.acts, full=args.full, output_dir=args.output_dir, seed=args.seed)
+    run_demo(
+        acts=args.acts, full=args.full, every_method=args.every_method, output_dir=args.output_dir, seed=args.seed
+    )
 
 
 COMMANDS = {

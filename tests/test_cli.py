@@ -349,11 +349,19 @@ def test_demo_is_called_with_its_options(monkeypatch):
     demo.run_demo = lambda **settings: called.update(settings)
     monkeypatch.setitem(sys.modules, "hf_attribution.demo", demo)
     run("demo", "--acts", "digits", "shakespeare", "--output_dir", "there", "--seed", 3)
-    assert called == {"acts": ["digits", "shakespeare"], "full": False, "output_dir": "there", "seed": 3}
-    run("demo", "--full")
+    expected = {
+        "acts": ["digits", "shakespeare"],
+        "full": False,
+        "every_method": False,
+        "output_dir": "there",
+        "seed": 3,
+    }
+    assert called == expected
+    run("demo", "--full", "--every_method")
     assert called == {
         "acts": ["digits", "reviews", "shakespeare"],
         "full": True,
+        "every_method": True,
         "output_dir": "outputs/demo",
         "seed": 0,
     }

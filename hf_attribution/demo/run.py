@@ -15,7 +15,7 @@ from transformers.utils import logging
 from hf_attribution.demo.acts import ACTS, Act, Effort, Material, accuracy
 from hf_attribution.ensemble import Ensemble
 from hf_attribution.evaluation import evaluate_lds
-from hf_attribution.methods import METHODS, Method, get_method
+from hf_attribution.methods import METHODS, GradientMethod, Method, get_method
 from hf_attribution.report.comparison import Entry, comparison_table, plot_comparison
 from hf_attribution.report.examples import plot_image_examples, text_examples
 from hf_attribution.scores import Scores
@@ -23,6 +23,20 @@ from hf_attribution.trainer import AttributionTrainer
 
 # The method that ensembles are shown with, and whose examples are shown.
 SHOWN = "trak"
+
+# A baseline or method of every kind, for the minutes that a demo has.
+REPRESENTATIVE = (
+    "random",
+    "label_match",
+    "representation_similarity",
+    "grad_dot",
+    "grad_cos",
+    "tracin",
+    "logra",
+    "influence",
+    "ekfac",
+    "trak",
+)
 NUM_SHOWN = 4
 
 
@@ -36,6 +50,7 @@ class Scored(NamedTuple):
 def run_demo(
     acts: Sequence[str] | None = None,
     full: bool = False,
+    every_method: bool = False,
     output_dir: str | Path = "outputs/demo",
     seed: int = 0,
     console: Console | None = None,
@@ -45,6 +60,7 @@ def run_demo(
     Args:
         acts: Names in `ACTS`; all by default.
         full: Retrain more, for narrower intervals: an hour instead of minutes.
+        every_method: Attribute with all methods, and with ensembles for all that can take one. Otherwise with a few.
         output_dir: Where checkpoints, scores, retrained outputs, tables and pictures go.
         seed: Seed of training, subsets and methods.
         console: Where to print.
@@ -62,11 +78,11 @@ def run_demo(
     datasets.disable_progress_bars()
     started = time.perf_counter()
     for name in acts or ACTS:
-        _play(ACTS[name], full, Path(output_dir) / name, seed, console)
+        _play(ACTS[name], full, every_method, Path(output_dir) / name, seed, console)
     console.print(f"\nAll of it took {(time.perf_counter() - started) / 60:.1f} minutes.")
 
 
-def _play(act: Act, full: bool, folder: Path, seed: int, console: Console) -> None:
+def _play(act: Act, full: bool, every_method: bool, folder: Path, seed: int, console: Console) -> None:
     console.rule(f"[bold]{act.title}")
     effort = act.full if full else act.quick
     material = act.prepare()
@@ -82,8 +98,10 @@ def _play(act: Act, full: bool, folder: Path, seed: int, console: Console) -> No
     # The unit of cost is the mean of several trainings: the first one of a process takes longer.
     training_seconds = ensembles["full"].provenance["seconds"] / act.ensemble
     console.print(f"Trained {act.ensemble} more, and {act.ensemble} on halves. One takes {training_seconds:.1f} s.")
-    scored = _attribute(act, trainer, query, folder, console)
-    scored |= _attribute_with_ensembles(act, trainer, ensembles, query, folder, console)
+    names = [name for name in (METHODS if every_method else REPRESENTATIVE) if name not in act.without]
+    scored = _attribute(act, names, trainer, query, folder, console)
+    ensembled = [name for name in names if takes_ensemble(METHODS[name])] if every_method else [SHOWN]
+    scored |= _attribute_with_ensembles(act, ensembled, trainer, ensembles, query, folder, console)
     console.print(f"Retraining on {effort.num_subsets} random halves of the rows, {effort.seeds} seeds each.")
     truth = trainer.retrain(
         query, num_subsets=effort.num_subsets, fraction=0.5, seeds=effort.seeds, seed=seed,
@@ -94,7 +112,7 @@ def _play(act: Act, full: bool, folder: Path, seed: int, console: Console) -> No
     for label, (scores, seconds) in scored.items():
         report = evaluate_lds(scores, truth, material.train, group_column=act.group_column)
         entries.append(Entry(label, report, seconds, seconds / training_seconds))
-    _show(act, entries, scored[_label(act, "half")].scores, material, query, folder, console)
+    _show(act, entries, scored[_label(act, SHOWN, "half")].scores, material, query, folder, console)
     _record(act, effort, training_seconds, entries, folder)
 
 
@@ -122,11 +140,16 @@ def _quality(trainer: AttributionTrainer) -> str:
     return f"loss {metrics['eval_loss']:.2f} per token on new rows"
 
 
-def _attribute(act: Act, trainer: AttributionTrainer, query: Any, folder: Path, console: Console) -> dict[str, Scored]:
+def takes_ensemble(method: type[Method]) -> bool:
+    """Whether a method compares gradients at given weights, whatever training led to them."""
+    return issubclass(method, GradientMethod) and not method.needs_checkpoints
+
+
+def _attribute(
+    act: Act, names: Sequence[str], trainer: AttributionTrainer, query: Any, folder: Path, console: Console
+) -> dict[str, Scored]:
     scored = {}
-    for name in METHODS:
-        if name in act.without:
-            continue
+    for name in names:
         scores = trainer.attribute(query, method=_method(name, act))
         scores.save(folder / f"{name}.safetensors")
         scored[name] = Scored(scores, scores.provenance["seconds"])
@@ -135,21 +158,28 @@ def _attribute(act: Act, trainer: AttributionTrainer, query: Any, folder: Path, 
 
 
 def _attribute_with_ensembles(
-    act: Act, trainer: AttributionTrainer, ensembles: dict[str, Ensemble], query: Any, folder: Path, console: Console
+    act: Act,
+    names: Sequence[str],
+    trainer: AttributionTrainer,
+    ensembles: dict[str, Ensemble],
+    query: Any,
+    folder: Path,
+    console: Console,
 ) -> dict[str, Scored]:
-    """The same method with several models: all trained on all rows, or each on a random half of them."""
+    """The same methods with several models: all trained on all rows, or each on a random half of them."""
     scored = {}
-    for name, ensemble in ensembles.items():
-        scores = trainer.attribute(query, method=SHOWN, checkpoints=ensemble)
-        scores.save(folder / f"{SHOWN}-{name}.safetensors")
-        label, seconds = _label(act, name), scores.provenance["seconds"] + ensemble.provenance["seconds"]
-        scored[label] = Scored(scores, seconds)
-        console.print(f"  {label}: {seconds:.1f} s with the trainings")
+    for name in names:
+        for kind, ensemble in ensembles.items():
+            scores = trainer.attribute(query, method=name, checkpoints=ensemble)
+            scores.save(folder / f"{name}-{kind}.safetensors")
+            label, seconds = _label(act, name, kind), scores.provenance["seconds"] + ensemble.provenance["seconds"]
+            scored[label] = Scored(scores, seconds)
+            console.print(f"  {label}: {seconds:.1f} s with the trainings")
     return scored
 
 
-def _label(act: Act, name: str) -> str:
-    return f"{SHOWN} ({act.ensemble} {name})"
+def _label(act: Act, name: str, kind: str) -> str:
+    return f"{name} ({act.ensemble} {kind})"
 
 
 def _method(name: str, act: Act) -> str | Method:
@@ -161,7 +191,7 @@ def _show(
     act: Act, entries: list[Entry], shown: Scores, material: Material, query: Any, folder: Path, console: Console
 ) -> None:
     console.print(comparison_table(entries, title=f"{act.title}: how well scores predict retraining"))
-    console.print(str(next(entry.report for entry in entries if entry.label == _label(act, "half"))))
+    console.print(str(next(entry.report for entry in entries if entry.label == _label(act, SHOWN, "half"))))
     picture = folder / "lds_against_cost.png"
     plot_comparison(entries, act.title, picture)
     console.print(f"Picture: {picture}")

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from typing import Any
 
-from hf_attribution.methods.base import Method, Scored
+from hf_attribution.methods.base import GradientMethod, Method, Scored
 from hf_attribution.methods.bm25 import BM25
 from hf_attribution.methods.datainf import DataInf
 from hf_attribution.methods.diagonal import Diagonal
@@ -93,6 +93,7 @@ __all__ = [
     "EKFac",
     "GradCos",
     "GradDot",
+    "GradientMethod",
     "Influence",
     "KFac",
     "KNNShapley",
