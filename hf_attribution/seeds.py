@@ -4,6 +4,7 @@ import contextlib
 import pickle
 import random
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,3 +51,62 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(legacy_numpy)  # noqa: NPY002
+
+
+class RandomState(NamedTuple):
+    """The states of all generators that a training step or a data collator may draw from, as bytes `[...]` uint8.
+
+    Example:
+        >>> state = RandomState.now()
+        >>> first = torch.rand(())
+        >>> state.restore()
+        >>> bool(torch.rand(()) == first)
+        True
+    """
+
+    torch_cpu: np.ndarray
+    torch_device: np.ndarray
+    python: np.ndarray
+    numpy: np.ndarray
+
+    @classmethod
+    def now(cls) -> "RandomState":
+        """The states as they are."""
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = np.empty(0, np.uint8)
+        if accelerator is not None:
+            device = torch.get_device_module(accelerator).get_rng_state().numpy().copy()
+        _, words, gauss = random.getstate()
+        name, keys, *rest = np.random.get_state()  # noqa: NPY002 (collators draw from it)
+        return cls(
+            torch.get_rng_state().numpy().copy(),
+            device,
+            _bytes(np.array(words, np.uint32), np.array([np.nan if gauss is None else gauss])),
+            _bytes(np.asarray(keys, np.uint32), np.array(rest, np.float64)),
+        )
+
+    def restore(self) -> None:
+        """Put the states back."""
+        torch.set_rng_state(torch.from_numpy(self.torch_cpu.copy()))
+        if self.torch_device.size:
+            accelerator = torch.accelerator.current_accelerator(check_available=True)
+            torch.get_device_module(accelerator).set_rng_state(torch.from_numpy(self.torch_device.copy()))
+        words, gauss = self.python[:-8].view(np.uint32), float(self.python[-8:].view(np.float64)[0])
+        random.setstate((3, tuple(words.tolist()), None if np.isnan(gauss) else gauss))
+        keys, (position, has_gauss, cached) = self.numpy[:-24].view(np.uint32), self.numpy[-24:].view(np.float64)
+        np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))  # noqa: NPY002
+
+    def packed(self) -> np.ndarray:
+        """All of it in one array of bytes."""
+        sizes = np.array([part.size for part in self], np.int64)
+        return np.concatenate([sizes.view(np.uint8), *self])
+
+    @classmethod
+    def unpacked(cls, packed: np.ndarray) -> "RandomState":
+        """What `packed` packed."""
+        sizes = packed[: 8 * len(cls._fields)].view(np.int64)
+        return cls(*np.split(packed[8 * len(cls._fields) :], np.cumsum(sizes)[:-1]))
+
+
+def _bytes(*arrays: np.ndarray) -> np.ndarray:
+    return np.concatenate([array.view(np.uint8) for array in arrays])

@@ -9,42 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import Trainer
 
-from hf_attribution.data import Collator
+from hf_attribution.numbered import ROW, STATE, NumberedCollator, NumberedRows
 from hf_attribution.tasks import Task, TokenPrediction
-
-_ROW = "hf_attribution_row"
-
-
-class _NumberedRows(Dataset[dict[str, Any]]):
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], _ROW: index}
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        many = getattr(self.dataset, "__getitems__", None)
-        rows = many(indices) if many is not None else [self.dataset[index] for index in indices]
-        return [{**row, _ROW: index} for row, index in zip(rows, indices, strict=True)]
-
-
-class _NumberedCollator:
-    """The user's collator, which never sees the row numbers: it might drop them, or stumble over them."""
-
-    def __init__(self, collator: Collator) -> None:
-        self.collator = collator
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        numbers = torch.tensor([row[_ROW] for row in rows])
-        inputs = self.collator([{key: value for key, value in row.items() if key != _ROW} for row in rows])
-        return {**inputs, _ROW: numbers}
-
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -59,20 +27,19 @@ class _WeightedTraining(_Base):
     weights: Tensor
     task: Task
 
-    def number_rows(self) -> None:
+    def number_rows(self, note_random_state: bool = False) -> None:
         """Let the rows of the training data carry their numbers."""
         dataset = self.train_dataset
         if hasattr(dataset, "column_names"):
             # Here, because the Trainer knows columns of `datasets.Dataset` only.
             dataset = self._remove_unused_columns(dataset, description="training")
-        self.train_dataset = _NumberedRows(dataset)
-        self.data_collator = _NumberedCollator(self.data_collator)
+        self.train_dataset = NumberedRows(dataset, note_random_state)
+        self.data_collator = NumberedCollator(self.data_collator)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        if _ROW not in columns:
-            columns.append(_ROW)
+        columns += [name for name in (ROW, STATE) if name not in columns]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one optimiser step, and how many items they hold."""
@@ -91,10 +58,10 @@ class _WeightedTraining(_Base):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The weighted loss of a training batch; any other batch goes the user's way."""
-        if _ROW not in inputs:
+        if ROW not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
-        weights = self.weights[inputs.pop(_ROW).cpu()]
+        weights = self.weights[inputs.pop(ROW).cpu()]
         losses = self.task.losses(model, inputs)
         return (weights.to(losses) * losses).sum() / cast(Tensor, num_items_in_batch)
 

@@ -1,0 +1,1 @@
+"""Training runs that are recorded, repeated bit for bit, and differentiated through."""

@@ -1,0 +1,133 @@
+"""Products of a batch loss' Hessian with many vectors at once, and every example's part in them.
+
+For the loss `L = Σ_i c_i l_i(θ)` of a batch and vectors u these are `∇²L u`, and the tangents `u·∇l_i`. Both come from
+one forward-mode derivative of the gradient (forward-over-reverse), under vmap over vectors, which shares the gradient
+itself. The other order, reverse-over-forward, is silently wrong through `layer_norm` and `batch_norm` in torch 2.13.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hf_attribution.replay.attention import use_exact_attention
+from hf_attribution.seeds import RandomState
+from hf_attribution.tasks import Batch, Task
+
+# `(θ [P], batch, c [B], vectors [M, P])` to products `[M, P]` and tangents `[M, B]`.
+Product = Callable[[Tensor, Batch, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class _Outputs(nn.Module):
+    """A function `(model, batch)` as a module, for `functional_call`."""
+
+    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Batch], object]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, batch: Batch) -> object:
+        return self.function(self.model, batch)
+
+
+class FlatModel:
+    """A task's losses as functions of a flat vector of parameters.
+
+    Args:
+        model: The model; it is left alone, and its parameters that are not named are used as they are.
+        task: What is learned.
+        names: The parameters that the vector holds, in order.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, names: Sequence[str]) -> None:
+        # A copy, for its attention is another; the tensors are the same ones.
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        self.model, self.task = copy.deepcopy(model, shared), task
+        use_exact_attention(self.model)
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.gradient_checkpointing = False  # type: ignore[assignment]
+        parameters = dict(model.named_parameters())
+        self.names, self.shapes = list(names), [parameters[name].shape for name in names]
+        self.sizes = [shape.numel() for shape in self.shapes]
+
+    def __call__(self, function: Callable[[nn.Module, Batch], object], parameters: Tensor, batch: Batch) -> object:
+        """A function of model and batch at other parameters `[P]`."""
+        parts = zip(self.names, parameters.split(self.sizes), self.shapes, strict=True)
+        named = {f"model.{name}": part.view(shape) for name, part, shape in parts}
+        return functional_call(_Outputs(self.model, function), named, (batch,))
+
+    def losses(self, parameters: Tensor, batch: Batch) -> Tensor:
+        """The examples' losses `[B]`."""
+        return self(self.task.losses, parameters, batch)  # type: ignore[return-value]
+
+    def forward_over_reverse(
+        self, parameters: Tensor, batch: Batch, weights: Tensor, vectors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Products by the forward-mode derivative of the gradient, all vectors at once."""
+
+        def weighted(point: Tensor) -> tuple[Tensor, Tensor]:
+            losses = self.losses(point, batch)
+            return (losses * weights).sum(), losses
+
+        def one(vector: Tensor) -> tuple[Tensor, Tensor]:
+            _, tangents = jvp(grad(weighted, has_aux=True), (parameters,), (vector,))
+            return tangents
+
+        return vmap(one, randomness="same")(vectors)
+
+    def double_backward(
+        self, parameters: Tensor, batch: Batch, weights: Tensor, vectors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Products by a second backward pass for every vector, through one graph."""
+        point, factors = parameters.detach().requires_grad_(), weights.detach().requires_grad_()
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            loss = (self.losses(point, batch) * factors).sum()
+            (gradient,) = torch.autograd.grad(loss, point, create_graph=True)
+            found = [
+                torch.autograd.grad(gradient, (point, factors), vector, retain_graph=True, materialize_grads=True)
+                for vector in vectors
+            ]
+        products, tangents = zip(*found, strict=True)
+        return torch.stack(products), torch.stack(tangents)
+
+    def gauss_newton(
+        self, parameters: Tensor, batch: Batch, weights: Tensor, vectors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Products with the Gauss-Newton matrix `Σ_i c_i J_iᵀ J_i` in place of the Hessian."""
+        outputs: list[Tensor] = []
+
+        def rows(point: Tensor) -> Tensor:
+            values, coefficients = self(self.task.curvature_rows, point, batch)  # type: ignore[misc]
+            outputs[:] = [coefficients]
+            return values
+
+        state = RandomState.now()
+        _, backward = vjp(rows, parameters)
+        state.restore()  # the same dropout in both passes
+        coefficients = outputs[0].detach()
+
+        def one(vector: Tensor) -> tuple[Tensor, Tensor]:
+            _, tangents = jvp(rows, (parameters,), (vector,))
+            (product,) = backward(weights[:, None] * tangents)
+            # The rows add up to the gradient of what training raises, minus the loss.
+            return product, -(coefficients * tangents).sum(1)
+
+        return vmap(one, randomness="same")(vectors)
+
+
+def in_chunks(product: Product, size: int) -> Product:
+    """A product of any number of vectors, so many at a time."""
+
+    def chunked(parameters: Tensor, batch: Batch, weights: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        state = RandomState.now()
+        parts = []
+        for chunk in vectors.split(size):
+            state.restore()  # dropout's masks are those of the step, for all vectors
+            parts.append(product(parameters, batch, weights, chunk))
+        products, tangents = zip(*parts, strict=True)
+        return torch.cat(products), torch.cat(tangents)
+
+    return chunked
