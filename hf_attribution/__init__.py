@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         TracIn,
         TrackStar,
         Trak,
+        Unroll,
     )
     from hf_attribution.part_scores import PartScores
     from hf_attribution.problem import Checkpoint
@@ -96,6 +97,7 @@ _MODULES = {
         "TracIn",
         "TrackStar",
         "Trak",
+        "Unroll",
     ),
     "part_scores": ("PartScores",),
     "problem": ("Checkpoint",),
@@ -143,6 +145,7 @@ __all__ = [
     "TracIn",
     "TrackStar",
     "Trak",
+    "Unroll",
     "attribute",
     "attribute_parts",
     "brittleness",

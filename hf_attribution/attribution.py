@@ -20,6 +20,7 @@ from hf_attribution.errors import MismatchError, NonFiniteError
 from hf_attribution.methods import Method, Scored, get_method
 from hf_attribution.part_scores import PartScores
 from hf_attribution.problem import Checkpoint, Problem
+from hf_attribution.replay.run import RecordedRun
 from hf_attribution.scores import Scores
 from hf_attribution.tasks import Task, infer_task
 
@@ -37,6 +38,7 @@ def attribute(
     cache_dir: str | Path | None = None,
     remove_unused_columns: bool = True,
     progress: bool = True,
+    run: RecordedRun | None = None,
 ) -> Scores:
     """Attribute a model's outputs on queries to its training examples.
 
@@ -55,6 +57,7 @@ def attribute(
         cache_dir: Where projected gradients are kept and found again; by default they are deleted at the end.
         remove_unused_columns: Drop columns that the model's `forward` does not take, as the Trainer does.
         progress: Whether to show progress bars.
+        run: The recorded training, for methods that differentiate through it (`"unroll"`).
 
     Returns:
         `Scores` with values `[Q, N]`, positive where including the example raises the measured output.
@@ -75,9 +78,10 @@ def attribute(
         model, train_dataset, query_dataset, task, data_collator, checkpoints, batch_size, cache_dir,
         remove_unused_columns, progress,
     ) as (problem, used_subsets):  # fmt: skip
+        problem = dataclasses.replace(problem, run=run)
         scored = chosen.score(problem)
         values = np.asarray(scored.values, dtype=np.float32)
-        _check_values(values, problem.shape, chosen.name)
+        _check_values(values, chosen.shape(problem), chosen.name)
         provenance = _provenance(problem, used_subsets, scored, started)
     return Scores(values=values, method=chosen.name, settings=chosen.settings, provenance=provenance)
 

@@ -25,6 +25,7 @@ from hf_attribution.gradients.per_example import PerExampleGradients
 from hf_attribution.gradients.products import feature_products, gradient_products, squared_lengths
 from hf_attribution.gradients.projections import Projection
 from hf_attribution.inputs import evaluating, weights_fingerprint
+from hf_attribution.replay.run import RecordedRun
 from hf_attribution.tasks import Task
 
 
@@ -60,6 +61,7 @@ class Problem:
         checkpoints: The weights to attribute with.
         cache_dir: Where stored features are kept.
         progress: Whether to show progress bars.
+        run: The recorded training, for methods that differentiate through it.
     """
 
     model: nn.Module
@@ -71,6 +73,7 @@ class Problem:
     checkpoints: Sequence[Checkpoint]
     cache_dir: Path
     progress: bool = True
+    run: RecordedRun | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

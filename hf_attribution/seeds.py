@@ -77,7 +77,7 @@ class RandomState(NamedTuple):
         if accelerator is not None:
             device = torch.get_device_module(accelerator).get_rng_state().numpy().copy()
         _, words, gauss = random.getstate()
-        name, keys, *rest = np.random.get_state()  # noqa: NPY002 (collators draw from it)
+        _, keys, *rest = np.random.get_state()  # noqa: NPY002 (collators draw from it)
         return cls(
             torch.get_rng_state().numpy().copy(),
             device,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from torch import nn
@@ -15,6 +15,8 @@ from hf_attribution.ensemble import Ensemble
 from hf_attribution.errors import UnsupportedError
 from hf_attribution.methods import Method, get_method
 from hf_attribution.part_scores import PartScores
+from hf_attribution.replay.run import RecordedRun
+from hf_attribution.replay.training import RecordedTraining
 from hf_attribution.retraining import Recipe, Request, make_plan, run_plan
 from hf_attribution.retraining.recipe import copied, given
 from hf_attribution.retraining.runs import select_rows
@@ -22,16 +24,17 @@ from hf_attribution.scores import Scores
 from hf_attribution.seeds import derive_seed
 from hf_attribution.tasks import Task, infer_task
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
+RECORDING_DIR = "recording"
 
 
-class AttributionMixin(_Base):
+class AttributionMixin(RecordedTraining):
     """Adds `attribute`, `retrain` and `train_ensemble` to any Trainer class. Training itself is untouched.
 
     Put it first: `class MyAttributionTrainer(AttributionMixin, MyTrainer)`.
+
+    With `record=True`, or a folder, `train` writes down what defines every step (batches, learning rates, random
+    states) and checkpoints of parameters and optimiser, by default in `args.output_dir/recording`, so that methods
+    like `"unroll"` can repeat and differentiate the training. The training comes out the same, bit for bit.
 
     The latter two build fresh trainers of the same class. For this the mixin remembers the constructor's arguments,
     copies of the callbacks among them, and, where there is no `model_init`, a copy of the model before training. The
@@ -53,8 +56,9 @@ class AttributionMixin(_Base):
         trainer._given = (args, kwargs)
         return trainer
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, record: bool | str | Path = False, **kwargs: Any) -> None:
         positional, named = self._given
+        named = {name: value for name, value in named.items() if name != "record"}
         callbacks = None
         if self._remembers:
             callbacks = given(type(self), positional, named, "callbacks")
@@ -65,6 +69,9 @@ class AttributionMixin(_Base):
         if self._remembers:
             initial = None if self.model_init is not None else _initial_copy(self.model)
             self._recipe = Recipe(type(self), positional, named, callbacks, initial)
+        if record:
+            folder = Path(str(self.args.output_dir), RECORDING_DIR) if record is True else Path(record)
+            self.recording_dir = folder
 
     def attribute(
         self,
@@ -75,6 +82,7 @@ class AttributionMixin(_Base):
         task: Task | None = None,
         batch_size: int | None = None,
         cache_dir: str | Path | None = None,
+        recording: str | Path | None = None,
     ) -> Scores:
         """Attribute the model's outputs on queries to its training examples.
 
@@ -88,6 +96,8 @@ class AttributionMixin(_Base):
             task: What is learned and measured; by default told from the model's class.
             batch_size: Rows in a batch, by default `args.per_device_eval_batch_size`. It does not change the scores.
             cache_dir: Where projected gradients are kept and found again; by default they are deleted at the end.
+            recording: For methods that differentiate through a training (`"unroll"`), the folder it was recorded in;
+                by default this trainer's own.
 
         Returns:
             Scores `[Q, N]`, positive where including the example raises the measured output.
@@ -99,11 +109,16 @@ class AttributionMixin(_Base):
             >>> scores = trainer.attribute(test, method="trak")  # doctest: +SKIP
             >>> scores.top(k=5)  # doctest: +SKIP
         """
+        settings = self._attribution_settings(method, checkpoints, task, batch_size, cache_dir)
+        if settings["method"].needs_run:
+            own = self.recording_dir or Path(str(self.args.output_dir), RECORDING_DIR)
+            settings["run"] = RecordedRun.open(recording if recording is not None else own, self)
+            settings["checkpoints"] = [settings["run"].final_model()]
         return attribute(
             cast(nn.Module, self.model),
             _one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
             _one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query"),
-            **self._attribution_settings(method, checkpoints, task, batch_size, cache_dir),
+            **settings,
         )
 
     def attribute_parts(

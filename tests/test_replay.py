@@ -187,7 +187,7 @@ def test_recording_changes_nothing(tmp_path):
 class WithOptimizer(RecordedTrainer):
     """A trainer whose optimiser has other settings, in the Trainer's own groups: with decay and without."""
 
-    kind, settings = torch.optim.SGD, {}  # noqa: RUF012
+    kind, settings = torch.optim.SGD, {}
 
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer()
@@ -292,7 +292,7 @@ class RowsOfBatch:
         return {name: value[picked] for name, value in self.batch.items()}
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "vit", "bert_regression", "electra", "t5"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "vit", "bert_regression", "electra", "bart"])
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch_fused"])
 def test_models_of_transformers(tmp_path, family, optim):
     model, batch = make(family)
@@ -304,7 +304,7 @@ def test_models_of_transformers(tmp_path, family, optim):
         trainer_settings={"data_collator": RowsOfBatch(batch)}, max_grad_norm=1.0,
     )  # fmt: skip
     # Rotary embeddings, norms and losses of some families compute in float32 islands.
-    prepared, _ = check_exact(trainer, batch, tolerance=1e-5 if family == "t5" else 1e-6)
+    prepared, _ = check_exact(trainer, batch, tolerance=1e-6)
     assert prepared.product_name == "forward_over_reverse"
 
 

@@ -22,6 +22,7 @@ from hf_attribution.methods.representer import Representer
 from hf_attribution.methods.tracin import TracIn
 from hf_attribution.methods.trackstar import TrackStar
 from hf_attribution.methods.trak import Trak
+from hf_attribution.methods.unroll import Unroll
 
 
 class _Methods(dict[str, type[Method]]):
@@ -52,6 +53,7 @@ METHODS: dict[str, type[Method]] = _Methods(
             KFac,
             EKFac,
             DataInf,
+            Unroll,
         )
     }
 )
@@ -107,5 +109,6 @@ __all__ = [
     "TracIn",
     "TrackStar",
     "Trak",
+    "Unroll",
     "get_method",
 ]

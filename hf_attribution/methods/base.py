@@ -31,6 +31,7 @@ class Method:
     name: ClassVar[str]
     paper: ClassVar[str]
     needs_checkpoints: ClassVar[bool] = False
+    needs_run: ClassVar[bool] = False
 
     def score(self, problem: Problem) -> Scored:
         """Score all training examples for all queries.
@@ -77,6 +78,10 @@ class Method:
             f"The scores of {self.name} with these settings are no sums over {granularity}s: use a method that "
             "multiplies whole gradients, such as 'ekfac' or 'grad_dot' with dim=None, or score examples."
         )
+
+    def shape(self, problem: Problem) -> tuple[int, int]:
+        """The shape of the scores, `[Q, N]`; a method that scores the sum of all queries has one row."""
+        return problem.shape
 
     @property
     def settings(self) -> dict[str, Any]:

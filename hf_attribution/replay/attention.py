@@ -56,9 +56,11 @@ def _attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def _mask(*args: Any, allow_is_causal_skip: bool = True, allow_is_bidirectional_skip: bool = True, **kwargs: Any) -> Any:
+def _mask(*args: Any, **kwargs: Any) -> Any:
     """The additive mask, always: whether it can be skipped depends on data, which vmap does not see."""
-    return eager_mask(*args, allow_is_bidirectional_skip=False, **kwargs)
+    wanted = {name: value for name, value in kwargs.items() if name != "allow_is_causal_skip"}
+    wanted["allow_is_bidirectional_skip"] = False
+    return eager_mask(*args, **wanted)
 
 
 AttentionInterface.register(NAME, _attention)

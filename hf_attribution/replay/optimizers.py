@@ -1,8 +1,8 @@
 """Optimiser steps and gradient clipping as functions with a known vector-Jacobian product.
 
 A state is the flat parameters and the optimiser's moments, each `[P]`: `(θ,)` or `(θ, momentum)` for SGD,
-`(θ, m, v)` for Adam. Cotangents are the derivatives of M measurements by such a state, each `[M, P]`. Parameters lie in
-the order of the optimiser's groups, so that a group is a slice.
+`(θ, m, v)` for Adam. Cotangents are the derivatives of M measurements by such a state, each `[M, P]`. Parameters lie
+in the order of the optimiser's groups, so that a group is a slice.
 """
 
 import dataclasses
@@ -123,7 +123,7 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[int, str
             f"Steps of the optimiser {kind} cannot be differentiated: train with optim='sgd', 'adamw_torch' or "
             "'adamw_torch_fused' (torch's SGD, Adam and AdamW)."
         )
-    groups = []
+    groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         settings = group_settings(group)
         wrong = next((name for name in _MUST_BE_OFF if settings.get(name)), None)

@@ -7,6 +7,7 @@ itself. The other order, reverse-over-forward, is silently wrong through `layer_
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,11 @@ Product = Callable[[Tensor, Batch, Tensor, Tensor], tuple[Tensor, Tensor]]
 class _Outputs(nn.Module):
     """A function `(model, batch)` as a module, for `functional_call`."""
 
-    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Batch], object]) -> None:
+    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Batch], Any]) -> None:
         super().__init__()
         self.model, self.function = model, function
 
-    def forward(self, batch: Batch) -> object:
+    def forward(self, batch: Batch) -> Any:
         return self.function(self.model, batch)
 
 
@@ -53,7 +54,7 @@ class FlatModel:
         self.names, self.shapes = list(names), [parameters[name].shape for name in names]
         self.sizes = [shape.numel() for shape in self.shapes]
 
-    def __call__(self, function: Callable[[nn.Module, Batch], object], parameters: Tensor, batch: Batch) -> object:
+    def __call__(self, function: Callable[[nn.Module, Batch], Any], parameters: Tensor, batch: Batch) -> Any:
         """A function of model and batch at other parameters `[P]`."""
         parts = zip(self.names, parameters.split(self.sizes), self.shapes, strict=True)
         named = {f"model.{name}": part.view(shape) for name, part, shape in parts}
@@ -61,7 +62,7 @@ class FlatModel:
 
     def losses(self, parameters: Tensor, batch: Batch) -> Tensor:
         """The examples' losses `[B]`."""
-        return self(self.task.losses, parameters, batch)  # type: ignore[return-value]
+        return self(self.task.losses, parameters, batch)
 
     def forward_over_reverse(
         self, parameters: Tensor, batch: Batch, weights: Tensor, vectors: Tensor
@@ -73,8 +74,7 @@ class FlatModel:
             return (losses * weights).sum(), losses
 
         def one(vector: Tensor) -> tuple[Tensor, Tensor]:
-            _, tangents = jvp(grad(weighted, has_aux=True), (parameters,), (vector,))
-            return tangents
+            return jvp(grad(weighted, has_aux=True), (parameters,), (vector,))[1]
 
         return vmap(one, randomness="same")(vectors)
 
@@ -100,17 +100,17 @@ class FlatModel:
         outputs: list[Tensor] = []
 
         def rows(point: Tensor) -> Tensor:
-            values, coefficients = self(self.task.curvature_rows, point, batch)  # type: ignore[misc]
+            values, coefficients = self(self.task.curvature_rows, point, batch)
             outputs[:] = [coefficients]
             return values
 
         state = RandomState.now()
-        _, backward = vjp(rows, parameters)
+        _, backward = vjp(rows, parameters)[:2]
         state.restore()  # the same dropout in both passes
         coefficients = outputs[0].detach()
 
         def one(vector: Tensor) -> tuple[Tensor, Tensor]:
-            _, tangents = jvp(rows, (parameters,), (vector,))
+            _, tangents = jvp(rows, (parameters,), (vector,))[:2]
             (product,) = backward(weights[:, None] * tangents)
             # The rows add up to the gradient of what training raises, minus the loss.
             return product, -(coefficients * tangents).sum(1)

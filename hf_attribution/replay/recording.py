@@ -1,8 +1,8 @@
 """What defines a training run, in a folder: its header, its steps, and checkpoints of parameters and optimiser.
 
-    recording.json                     what was trained, how, on what
-    steps/00000000.safetensors         the steps from number 0 on; the next file begins where this one ends
-    checkpoints/00000000.safetensors   the state before step 0
+recording.json                     what was trained, how, on what
+steps/00000000.safetensors         the steps from number 0 on; the next file begins where this one ends
+checkpoints/00000000.safetensors   the state before step 0
 """
 
 import json

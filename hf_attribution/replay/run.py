@@ -1,4 +1,4 @@
-"""A recorded run that can be repeated: by the Trainer's own step, bit for bit, or with other weights of the examples."""
+"""A recorded run that is repeated: by the Trainer's own step, bit for bit, or with other weights of the examples."""
 
 import contextlib
 import copy
@@ -107,6 +107,15 @@ class RecordedRun:
         model: Any = copy.deepcopy(self.trainer.model)
         return model.train()
 
+    def final_model(self) -> nn.Module:
+        """The model at the end of the recorded run."""
+        model, recording = self.model_copy(), self.recording
+        named, parameters = trainable(model), recording.state(len(recording))[0]
+        sizes = [named[name].numel() for name in recording.names]
+        for name, part in zip(recording.names, parameters.split(sizes), strict=True):
+            named[name].data.copy_(part.view_as(named[name]))
+        return model
+
     @property
     def split(self) -> Split:
         """The training data as the model sees them."""
@@ -137,7 +146,8 @@ class Replay:
         loader = run.trainer.get_train_dataloader()
         accelerator._dataloaders = [each for each in accelerator._dataloaders if each is not loader]
         self._dataset, self._collate = loader.dataset, loader.collate_fn
-        self.step, self._idle = 0, None
+        self.step = 0
+        self._idle: list[str] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -284,7 +294,9 @@ def random_state_kept() -> Iterator[None]:
 @contextlib.contextmanager
 def _within_step(trainer: Any, model: nn.Module, num_batches: int) -> Iterator[None]:
     """The trainer in the middle of a step of so many micro-batches, with another model."""
-    own = {name: vars(trainer)[name] for name in ("model", "current_gradient_accumulation_steps") if name in vars(trainer)}
+    own = {
+        name: vars(trainer)[name] for name in ("model", "current_gradient_accumulation_steps") if name in vars(trainer)
+    }
     try:
         trainer.model, trainer.current_gradient_accumulation_steps = model, num_batches
         yield

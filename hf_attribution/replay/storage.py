@@ -52,7 +52,9 @@ def backward_in_time(replay: Replay, first: int, storage: str) -> Iterator[Momen
         if stop <= first:
             return
         steps = stop - start
-        whole = {"full": steps, "sqrt": steps if len(starts) > 1 else math.isqrt(steps) + 1, "tree": _BRANCHES}[storage]
+        whole = {"full": steps, "sqrt": steps if len(starts) > 1 else math.isqrt(steps) + 1, "tree": _BRANCHES}[
+            storage
+        ]
         branches = _BRANCHES if storage == "tree" else max(2, math.ceil(steps / whole))
         yield from _stretch(replay, recording.state(start), start, stop, first, whole, branches)
 

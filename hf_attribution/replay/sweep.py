@@ -1,18 +1,20 @@
 """One sweep back through a training: the derivative of measurements by the weight of every training example.
 
-Training with weights w takes `θ_{t+1}, s_{t+1} = step(θ_t, s_t, Σ_i w_i ∇l_i(θ_t) / d)`, and a measurement of the last
-parameters is a function of w. Going back, the cotangents by a step's state become those by the state before it, through
-the optimiser (in closed form) and through the gradient (a product with the loss' Hessian). An example's score is the
-sum over its steps of `u·∇l_i / d`, with u the cotangent by the step's gradient: reverse-mode differentiation of the
-whole training (Maclaurin et al. 2015; Engstrom et al. 2025; Ilyas & Engstrom 2025), for many measurements at once.
+Training with weights w takes `θ', s' = step(θ, s, Σ_i w_i ∇l_i(θ) / d)`, and a measurement of the last parameters is a
+function of w. Going back, the cotangents by a step's state become those by the state before it, through the optimiser
+(in closed form) and through the gradient (a product with the loss' Hessian). An example's score is the sum over its
+steps of `u·∇l_i / d`, with u the cotangent by the step's gradient: reverse-mode differentiation of the whole
+training (Maclaurin et al. 2015; Engstrom et al. 2025; Ilyas & Engstrom 2025), for many measurements at once.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.utils import get_max_memory
+from torch import Tensor, nn
 
 from hf_attribution.errors import NonFiniteError
 from hf_attribution.replay.products import FlatModel, Product, in_chunks
@@ -20,6 +22,13 @@ from hf_attribution.replay.run import RecordedRun, Replay, random_state_kept
 from hf_attribution.replay.storage import backward_in_time
 from hf_attribution.replay.trials import check_separate, choose_product, find_rule
 from hf_attribution.tasks import Task
+
+# Vectors whose products are tried to be taken at once, and how much slower a size may be before larger ones are not.
+_CHUNKS = (1, 2, 4, 8, 16, 32, 64)
+_WORSE = 1.2
+
+# The shares of free memory that states of the run, and cotangents, may take.
+_STATES_SHARE, _COTANGENTS_SHARE = 0.25, 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +89,60 @@ class Differentiable:
         for _ in range(recording.first, len(recording)):
             replay.advance()
         return replay.state()[0]
+
+    def load(self, model: nn.Module, parameters: Tensor) -> nn.Module:
+        """Put flat parameters `[P]` into a model of the run's architecture."""
+        named, sizes = dict(model.named_parameters()), self.flat.sizes
+        with torch.no_grad():
+            for name, part in zip(self.flat.names, parameters.split(sizes), strict=True):
+                named[name].copy_(part.view_as(named[name]))
+        return model
+
+    def fitting_block(self) -> int:
+        """How many measurements can be differentiated at once in the memory that is free."""
+        replay_copies = 1 + len(self.run.recording.optimizer.moments)
+        # Cotangents, those by the gradient, and the product with its intermediate results.
+        numbers = (replay_copies + 4) * sum(self.flat.sizes) + self.run.recording.header["num_examples"]
+        return max(1, int(_COTANGENTS_SHARE * self._free_memory() // (numbers * self._itemsize)))
+
+    def fitting_storage(self, weights: Tensor | None) -> str:
+        """The storage that repeats least in the memory that is free."""
+        recording = self.run.recording
+        size = (2 + len(recording.optimizer.moments)) * sum(self.flat.sizes) * self._itemsize
+        steps, room = len(recording) - recording.first, _STATES_SHARE * self._free_memory()
+        if weights is not None and steps * size < room:
+            return "full"
+        spacing = recording.header["spacing"] if weights is None else 2 * (int(steps**0.5) + 1)
+        return "sqrt" if spacing * size < room else "tree"
+
+    def fastest_chunk(self, num_vectors: int) -> int:
+        """How many products at once are fastest, found out by trying."""
+        replay, first = self.replay(), self.run.recording.first
+        replay.load(first, self.run.recording.state(first))
+        part, parameters = replay.parts(first)[0], replay.state()[0]
+        weights = torch.full((len(part.rows),), 1 / part.denominator, dtype=parameters.dtype, device=parameters.device)
+        fastest, best = 1, float("inf")
+        for size in (size for size in _CHUNKS if size < 2 * num_vectors):
+            vectors = parameters.new_zeros(size, len(parameters))
+            seconds = []
+            with random_state_kept():
+                for _ in range(2):
+                    started = time.perf_counter()
+                    self.product(parameters, part.inputs, weights, vectors)[0].sum().item()
+                    seconds.append((time.perf_counter() - started) / size)
+            if min(seconds) < best:
+                fastest, best = size, min(seconds)
+            elif min(seconds) > _WORSE * best:
+                break
+        return fastest
+
+    @property
+    def _itemsize(self) -> int:
+        return next(self.flat.model.parameters()).element_size()
+
+    def _free_memory(self) -> int:
+        device = next(self.flat.model.parameters()).device
+        return get_max_memory()["cpu" if device.type == "cpu" else device.index or 0]
 
     def sweep(
         self,

@@ -101,13 +101,12 @@ def choose_product(flat: FlatModel, replay: Replay, curvature: str) -> tuple[Pro
         products, tangents = tried(flat.double_backward)
     except (RuntimeError, NotImplementedError) as error:
         raise UnsupportedError(
-            f"The loss of {type(replay.run.trainer.model).__name__} cannot be differentiated twice ({error}): load the "
-            "model with attn_implementation='eager', or without fused kernels."
+            f"The loss of {_model_name(replay)} cannot be differentiated twice ({error}): load the model "
+            "with attn_implementation='eager', or without fused kernels."
         ) from error
     tolerance = TOLERANCE[parameters.dtype]
     if curvature == "gauss_newton":
-        _, found = tried(flat.gauss_newton)
-        if _distance(found, tangents) > tolerance:
+        if _distance(tried(flat.gauss_newton)[1], tangents) > tolerance:
             raise UnsupportedError(
                 f"The Gauss-Newton form of {replay.task.name} does not follow its losses here (embeddings of padding "
                 "tokens take part in them): use curvature='exact'."
@@ -121,11 +120,15 @@ def choose_product(flat: FlatModel, replay: Replay, curvature: str) -> tuple[Pro
         failed = str(error).splitlines()[0]
     if failed:
         logger.warning(
-            f"{type(replay.run.trainer.model).__name__} has no forward-mode second derivatives ({failed}): one backward "
+            f"{_model_name(replay)} has no forward-mode second derivatives ({failed}): one backward "
             "pass per query is taken instead, which is exact and slower."
         )
         return flat.double_backward, "double_backward"
     return flat.forward_over_reverse, "forward_over_reverse"
+
+
+def _model_name(replay: Replay) -> str:
+    return type(replay.run.trainer.model).__name__
 
 
 def _gradient(flat: FlatModel, parameters: Tensor, part: Part, weights: Tensor) -> Tensor:
