@@ -146,7 +146,7 @@ class Replay:
         loader = run.trainer.get_train_dataloader()
         accelerator._dataloaders = [each for each in accelerator._dataloaders if each is not loader]
         self._dataset, self._collate = loader.dataset, loader.collate_fn
-        self.step = 0
+        self.step = self._loaded = 0
         self._idle: list[str] | None = None
 
     @property
@@ -164,7 +164,7 @@ class Replay:
 
     def load(self, step: int, state: State) -> None:
         """Go to the state before a step."""
-        self.step = step
+        self.step = self._loaded = step
         for parameter, value in zip(self.parameters, self._split(state[0]), strict=True):
             parameter.data.copy_(value)
         self._torch_optimizer.state.clear()
@@ -205,8 +205,9 @@ class Replay:
         if self.weights is None and checksum(self.parameters) != step.checksum:
             made = self.recording.header
             raise MismatchError(
-                f"Step {number} of the recorded training comes out differently when it is repeated, so it cannot be "
-                "differentiated. The code of model, data collator, loss or callbacks has changed, or what it runs on: "
+                f"Step {number} of the recorded training comes out differently when it is repeated (the first to do "
+                f"so from step {self._loaded} on), so it cannot be differentiated. The code of model, data collator, "
+                "loss or callbacks has changed, or what it runs on: "
                 f"recorded with torch {made['versions']['torch']}, transformers {made['versions']['transformers']} "
                 f"and {made['threads']} threads (torch.set_num_threads), repeated with {torch.get_num_threads()}."
             )

@@ -73,6 +73,7 @@ class Differentiable:
         rule = find_rule(replay, flat)
         check_separate(flat, replay.state()[0], replay.parts(first)[0])
         product, name = choose_product(flat, replay, curvature)
+        replay.advance()  # what is not repeatable at all shows here
         return cls(run, task, flat, rule, product, name)
 
     def replay(self, weights: Tensor | None = None) -> Replay:

@@ -1,0 +1,372 @@
+"""Unrolled differentiation from the user's side, and recordings that break, end early, or belong to something else."""
+
+import dataclasses
+import errno
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, default_data_collator
+
+from hf_attribution.artefacts import read_artefact, write_artefact
+from hf_attribution.attribution import attribute
+from hf_attribution.errors import ArtefactError, MismatchError, UnsupportedError
+from hf_attribution.methods import Unroll
+from hf_attribution.replay import recorder
+from hf_attribution.replay.recording import Recording
+from hf_attribution.replay.run import RecordedRun, Replay
+from hf_attribution.tasks import Classification
+from hf_attribution.trainer import AttributionTrainer
+from tests.tiny import arguments, make_trainer, model, points
+
+QUICK = Unroll(radius=None, chunk=4)
+
+
+def trained(folder, **settings):
+    trainer = make_trainer(
+        AttributionTrainer,
+        folder,
+        model_settings={"hidden": 4, "dropout": 0.1},
+        trainer_settings={"record": True, **settings.pop("trainer_settings", {})},
+        **{"optim": "adamw_torch", "num_train_epochs": 3, "learning_rate": 0.01, **settings},
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("run"))
+
+
+def weights_of(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_scores_from_a_trainer(finished):
+    scores = finished.attribute(method=Unroll(radius=0.1, seed=1))
+    assert scores.values.shape == (7, 24)
+    assert scores.provenance["choices"]["product"] == "forward_over_reverse"
+    found = scores.provenance["choices"]["linearity"]
+    assert found["correlation"] > 0.9
+    assert 0.5 < found["slope"] < 2
+    assert found["second_difference"] < 1
+    assert scores.provenance["choices"]["adam_epsilon"] == 1e-8
+
+
+def test_trainer_and_random_state_are_left_alone(finished):
+    before, state, attributes = weights_of(finished).clone(), torch.get_rng_state(), set(vars(finished))
+    finished.attribute(method=QUICK)
+    assert torch.equal(weights_of(finished), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert set(vars(finished)) == attributes
+    assert finished.callback_handler.callbacks == [
+        each for each in finished.callback_handler.callbacks if not isinstance(each, recorder.Recorder)
+    ]
+
+
+def test_scores_from_the_folder_and_a_trainer_that_never_trained(finished, tmp_path):
+    fresh = make_trainer(
+        AttributionTrainer, tmp_path, model_settings={"hidden": 4, "dropout": 0.1}, optim="adamw_torch"
+    )
+    there = fresh.attribute(method=QUICK, recording=finished.recording_dir)
+    assert np.array_equal(there.values, finished.attribute(method=QUICK).values)
+
+
+def test_the_sum_of_queries_is_one_sweep(finished):
+    each = finished.attribute(method=QUICK).values
+    total = finished.attribute(method=dataclasses.replace(QUICK, queries="sum")).values
+    assert total.shape == (1, 24)
+    assert np.allclose(total[0], each.sum(0), rtol=1e-3, atol=1e-6)
+
+
+def test_blocks_of_queries(finished, monkeypatch):
+    whole = finished.attribute(method=QUICK).values
+    monkeypatch.setattr("hf_attribution.replay.sweep.Differentiable.fitting_block", lambda self: 2)
+    assert np.allclose(finished.attribute(method=QUICK).values, whole, rtol=1e-3, atol=1e-6)
+
+
+def test_gauss_newton_of_a_linear_model_is_exact(tmp_path):
+    trainer = make_trainer(AttributionTrainer, tmp_path, trainer_settings={"record": True})
+    trainer.train()
+    exact = trainer.attribute(method=QUICK).values
+    assert np.allclose(
+        trainer.attribute(method=dataclasses.replace(QUICK, curvature="gauss_newton")).values,
+        exact,
+        rtol=1e-3,
+        atol=1e-6,
+    )
+
+
+def test_the_mean_weight_is_where_the_derivative_is_taken(finished):
+    full = finished.attribute(method=QUICK).values
+    mean = finished.attribute(method=dataclasses.replace(QUICK, at="mean", fraction=0.5)).values
+    assert not np.allclose(full, mean, rtol=1e-2)
+    nearly = finished.attribute(method=dataclasses.replace(QUICK, at="mean", fraction=1.0)).values
+    assert np.allclose(full, nearly, rtol=1e-2, atol=1e-5)
+
+
+def test_settings_are_checked():
+    for wrong in ({"at": "half"}, {"last": 0.0}, {"storage": "disk"}, {"chunk": 0}, {"curvature": "fisher"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Unroll(**wrong)
+
+
+# Recordings that are interrupted
+
+
+class Interrupt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("flushed", [True, False], ids=["interrupted", "killed"])
+def test_resumed_trainings_are_recorded_whole(tmp_path, finished, monkeypatch, flushed):
+    settings = {"save_strategy": "steps", "save_steps": 5}
+    if not flushed:  # as if the process had been killed: nothing more is written
+        monkeypatch.setattr(recorder.Recorder, "break_off", lambda self, step: None)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, trainer_settings={"callbacks": [Interrupt(13)]}, **settings)
+    with pytest.raises(ArtefactError, match="of 18"):
+        Recording(tmp_path / "recording").check_finished()
+    again = make_trainer(
+        AttributionTrainer, tmp_path, model_settings={"hidden": 4, "dropout": 0.1},
+        trainer_settings={"record": True}, optim="adamw_torch", num_train_epochs=3, learning_rate=0.01, **settings,
+    )  # fmt: skip
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(weights_of(again), weights_of(finished))
+    assert np.array_equal(again.attribute(method=QUICK).values, finished.attribute(method=QUICK).values)
+
+
+def test_a_resumed_training_without_a_recording_is_recorded_from_there(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 9}
+    trainer = trained(tmp_path, **settings)
+    shutil.rmtree(tmp_path / "recording")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    with pytest.raises(ValueError, match=r"begins at step 9 of 18: use last=0\.5"):
+        trainer.attribute(method=QUICK)
+    last = trainer.attribute(method=dataclasses.replace(QUICK, last=0.5)).values
+    assert last.any()
+
+
+def test_another_run_is_not_continued(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 9}
+    trained(tmp_path, **settings)
+    other = trained(tmp_path / "other", seed=1, **settings)
+    other.recording_dir = tmp_path / "recording"
+    with pytest.raises(MismatchError, match="another run"):
+        other.train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-9"))
+
+
+def test_a_full_disk_ends_the_recording_and_not_the_training(tmp_path, finished, monkeypatch, caplog):
+    write = recorder.write_state
+
+    def full(folder, step, *rest):
+        if step == 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, step, *rest)
+
+    monkeypatch.setattr(recorder, "write_state", full)
+    trainer = trained(tmp_path)
+    assert torch.equal(weights_of(trainer), weights_of(finished))
+    with pytest.raises(ArtefactError, match=r"of 18 \(No space left on device\)"):
+        trainer.attribute(method=QUICK)
+
+
+def test_too_small_a_disk_takes_fewer_checkpoints(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    size = 3 * 4 * sum(p.numel() for p in model(hidden=4).parameters())
+    monkeypatch.setattr(recorder.shutil, "disk_usage", lambda _: usage._replace(free=2 * 4 * size))
+    trainer = trained(tmp_path)
+    assert Recording(trainer.recording_dir).header["spacing"] == 9
+    assert trainer.attribute(method=QUICK).values.any()
+
+
+# Recordings of something else
+
+
+def reopened(finished, folder, recording=None, **given):
+    trainer = make_trainer(
+        AttributionTrainer, folder, model_settings={"hidden": 4, "dropout": 0.1, **given.pop("config", {})},
+        trainer_settings=given, optim="adamw_torch",
+    )  # fmt: skip
+    return trainer.attribute(points(7, seed=1), method=QUICK, recording=recording or finished.recording_dir)
+
+
+def test_other_data_are_refused(finished, tmp_path):
+    with pytest.raises(MismatchError, match="other training data"):
+        reopened(finished, tmp_path, train_dataset=points(seed=5))
+
+
+def test_another_model_is_refused(finished, tmp_path):
+    with pytest.raises(MismatchError, match=r"another model .* body\.0\.bias"):
+        reopened(finished, tmp_path, config={"hidden": 5})
+
+
+def test_changed_code_is_refused_at_the_first_step_that_differs(finished, tmp_path):
+    trainer = make_trainer(AttributionTrainer, tmp_path, model_settings={"hidden": 4, "dropout": 0.1})
+    trainer.model.body[1] = nn.Sigmoid()
+    with pytest.raises(MismatchError, match="Step 0 of the recorded training comes out differently"):
+        trainer.attribute(method=QUICK, recording=finished.recording_dir)
+
+
+def test_a_step_that_comes_out_differently_is_named(finished, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished.recording_dir, folder)
+    (chunk,) = [path for path in (folder / "steps").iterdir() if path.stem == "00000012"]
+    arrays, metadata = read_artefact(chunk, "recorded steps")
+    arrays["checksums"][2] += 1
+    write_artefact(chunk, "recorded steps", arrays, metadata)
+    with pytest.raises(MismatchError, match=r"Step 14 of .* from step 12 on"):
+        reopened(finished, tmp_path, folder)
+
+
+def test_missing_and_damaged_files(finished, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished.recording_dir, folder)
+    (folder / "checkpoints" / "00000008.safetensors").write_bytes(b"no")
+    with pytest.raises(ArtefactError, match=r"00000008\.safetensors"):
+        reopened(finished, tmp_path, folder)
+    (folder / "checkpoints" / "00000018.safetensors").unlink()
+    with pytest.raises(ArtefactError, match=r"00000018\.safetensors is missing"):
+        reopened(finished, tmp_path, folder)
+    sorted((folder / "steps").iterdir())[1].unlink()
+    with pytest.raises(ArtefactError, match="lacks steps 4 to 7"):
+        reopened(finished, tmp_path, folder)
+    header = json.loads((folder / "recording.json").read_text())
+    (folder / "recording.json").write_text(json.dumps({**header, "schema_version": 99}))
+    with pytest.raises(ArtefactError, match="newer"):
+        reopened(finished, tmp_path, folder)
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match="train with record=True"):
+        reopened(finished, tmp_path, folder)
+
+
+def test_without_a_recording(finished):
+    with pytest.raises(ValueError, match="record=True"):
+        attribute(finished.model, points(), points(), method="unroll")
+
+
+# Trainings that are refused before they start
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bf16": True}, "bf16"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "reduce_lr_on_plateau"),
+        ({"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}, "load_best_model"),
+        ({"optim": "adafactor"}, "Adafactor"),
+        ({"neftune_noise_alpha": 1.0}, "neftune"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+    ],
+)
+def test_refused_settings(tmp_path, settings, message):
+    with pytest.raises(UnsupportedError, match=message):
+        trained(tmp_path, **settings)
+    assert not (tmp_path / "recording").exists()
+
+
+def test_refused_optimisers(tmp_path):
+    class WithAmsgrad(AttributionTrainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = torch.optim.Adam(self.model.parameters(), amsgrad=True)
+            return self.optimizer
+
+    with pytest.raises(UnsupportedError, match="amsgrad"):
+        make_trainer(WithAmsgrad, tmp_path, trainer_settings={"record": True}).train()
+
+
+def test_refused_models_and_callbacks(tmp_path):
+    with pytest.raises(UnsupportedError, match=r"body\.0 \(BatchNorm1d\)"):
+        make_trainer(
+            AttributionTrainer, tmp_path, model_settings={"norm": "batch"}, trainer_settings={"record": True}
+        ).train()
+    with pytest.raises(UnsupportedError, match="EarlyStoppingCallback"):
+        trained(tmp_path, trainer_settings={"callbacks": [EarlyStoppingCallback()]})
+    with pytest.raises(UnsupportedError, match="float32"):
+        make_trainer(
+            AttributionTrainer, tmp_path, trainer_settings={"record": True, "model": model().bfloat16()}
+        ).train()
+
+
+class Contrastive(Classification):
+    def losses(self, model, batch):
+        losses = super().losses(model, batch)
+        return losses - 0.1 * losses.mean()
+
+
+def test_losses_that_mix_examples_or_are_others(tmp_path):
+    trainer = make_trainer(AttributionTrainer, tmp_path, trainer_settings={"record": True}, label_smoothing_factor=0.2)
+    trainer.train()
+    assert trainer.attribute(method=QUICK).values.any()  # the task is told of the smoothing
+    with pytest.raises(UnsupportedError, match="did not follow the gradient"):
+        trainer.attribute(method=QUICK, task=Classification())
+
+    class Mixing(AttributionTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return Contrastive().losses(model, inputs).mean()
+
+    trainer = make_trainer(Mixing, tmp_path, trainer_settings={"record": True})
+    trainer.train()
+    with pytest.raises(UnsupportedError, match="depends on the other examples"):
+        trainer.attribute(method=QUICK, task=Contrastive())
+
+
+# Data that draw random numbers
+
+
+class NoisyCollator:
+    """Draws from all three generators."""
+
+    def __call__(self, rows):
+        values = torch.tensor([row["points"] for row in rows])
+        noise = torch.rand(values.shape) + float(np.random.rand()) + __import__("random").random()  # noqa: NPY002
+        return {"points": values + 0.1 * noise, "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+def test_random_collators_are_repeated(tmp_path):
+    trainer = trained(tmp_path, trainer_settings={"data_collator": NoisyCollator()})
+    plain = make_trainer(
+        Trainer, tmp_path / "plain", model_settings={"hidden": 4, "dropout": 0.1}, optim="adamw_torch",
+        num_train_epochs=3, learning_rate=0.01, trainer_settings={"data_collator": NoisyCollator()},
+    )  # fmt: skip
+    plain.train()
+    assert torch.equal(weights_of(trainer), weights_of(plain))
+    run = RecordedRun.open(trainer.recording_dir, trainer)
+    replay = Replay(run, Classification())
+    replay.load(0, run.recording.state(0))
+    for _ in range(18):
+        replay.advance()  # compares checksums
+    with pytest.raises(UnsupportedError, match="dataloader_num_workers=0"):
+        trained(tmp_path / "workers", trainer_settings={"data_collator": NoisyCollator()}, dataloader_num_workers=1)
+
+
+def test_orders_by_length(tmp_path):
+    given = {
+        "train_dataset": points().add_column("length", [7 * row % 24 for row in range(24)]),
+        "data_collator": lambda rows: default_data_collator(
+            [{k: row[k] for k in ("points", "labels")} for row in rows]
+        ),
+    }
+    settings = {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}
+    trainer = trained(tmp_path / "a", trainer_settings=given, **settings)
+    plain = make_trainer(
+        Trainer, tmp_path / "b", model_settings={"hidden": 4, "dropout": 0.1}, optim="adamw_torch",
+        num_train_epochs=3, learning_rate=0.01, trainer_settings=given, **settings,
+    )  # fmt: skip
+    plain.train()
+    assert torch.equal(weights_of(trainer), weights_of(plain))
+
+
+def test_arguments_reach_the_constructor(tmp_path):
+    trainer = AttributionTrainer(model=model(), args=arguments(tmp_path), record=tmp_path / "there")
+    assert trainer.recording_dir == tmp_path / "there"
+    assert "record" not in trainer._recipe.named
