@@ -39,6 +39,7 @@ def attribute(
     remove_unused_columns: bool = True,
     progress: bool = True,
     run: RecordedRun | None = None,
+    train_masked: Callable[..., Any] | None = None,
 ) -> Scores:
     """Attribute a model's outputs on queries to its training examples.
 
@@ -58,6 +59,8 @@ def attribute(
         remove_unused_columns: Drop columns that the model's `forward` does not take, as the Trainer does.
         progress: Whether to show progress bars.
         run: The recorded training, for methods that differentiate through it (`"unroll"`).
+        train_masked: What trains on subsets and records it, for methods that differentiate through such trainings
+            (`"smoothed_unroll"`): an `AttributionTrainer` gives it.
 
     Returns:
         `Scores` with values `[Q, N]`, positive where including the example raises the measured output.
@@ -78,7 +81,7 @@ def attribute(
         model, train_dataset, query_dataset, task, data_collator, checkpoints, batch_size, cache_dir,
         remove_unused_columns, progress,
     ) as (problem, used_subsets):  # fmt: skip
-        problem = dataclasses.replace(problem, run=run)
+        problem = dataclasses.replace(problem, run=run, train_masked=train_masked)
         scored = chosen.score(problem)
         values = np.asarray(scored.values, dtype=np.float32)
         _check_values(values, chosen.shape(problem), chosen.name)
@@ -208,6 +211,7 @@ def _provenance(problem: Problem, used_subsets: dict[str, Any], scored: Scored, 
         "checkpoints": [checkpoint.name for checkpoint in problem.checkpoints],
         "weights": problem.weights,
         **used_subsets,
+        **({"used_subsets": list(scored.used_subsets)} if scored.used_subsets else {}),
         "choices": scored.choices,
         "seconds": time.perf_counter() - started,
     }

@@ -62,6 +62,8 @@ class Problem:
         cache_dir: Where stored features are kept.
         progress: Whether to show progress bars.
         run: The recorded training, for methods that differentiate through it.
+        train_masked: Trains on subsets and records each training, for methods that differentiate through those; see
+            `AttributionMixin.attribute`.
     """
 
     model: nn.Module
@@ -74,6 +76,7 @@ class Problem:
     cache_dir: Path
     progress: bool = True
     run: RecordedRun | None = None
+    train_masked: Callable[..., Any] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """A Trainer that attributes its model's outputs to its training examples, and retrains to see whether that is true."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,7 @@ from hf_attribution.methods import Method, get_method
 from hf_attribution.part_scores import PartScores
 from hf_attribution.replay.run import RecordedRun
 from hf_attribution.replay.training import RecordedTraining
-from hf_attribution.retraining import Recipe, Request, make_plan, run_plan
+from hf_attribution.retraining import FollowUp, Recipe, Request, make_plan, run_plan
 from hf_attribution.retraining.recipe import copied, given
 from hf_attribution.retraining.runs import select_rows
 from hf_attribution.scores import Scores
@@ -97,7 +98,7 @@ class AttributionMixin(RecordedTraining):
             batch_size: Rows in a batch, by default `args.per_device_eval_batch_size`. It does not change the scores.
             cache_dir: Where projected gradients are kept and found again; by default they are deleted at the end.
             recording: For methods that differentiate through a training (`"unroll"`), the folder it was recorded in;
-                by default this trainer's own.
+                by default this trainer's own. For `"smoothed_unroll"` the folder of its trainings.
 
         Returns:
             Scores `[Q, N]`, positive where including the example raises the measured output.
@@ -114,10 +115,15 @@ class AttributionMixin(RecordedTraining):
             own = self.recording_dir or Path(str(self.args.output_dir), RECORDING_DIR)
             settings["run"] = RecordedRun.open(recording if recording is not None else own, self)
             settings["checkpoints"] = [settings["run"].final_model()]
+        query = _one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query")
+        if settings["method"].needs_trainings:
+            settings["train_masked"] = functools.partial(
+                self._train_masked, query, settings["task"], task is not None, recording
+            )
         return attribute(
             cast(nn.Module, self.model),
             _one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
-            _one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query"),
+            query,
             **settings,
         )
 
@@ -350,6 +356,26 @@ class AttributionMixin(RecordedTraining):
         plan = make_plan(self, self._recipe, request)
         run_plan(plan)
         return Ensemble.from_retraining(plan.worklist.folder, len(subsets) * seeds)
+
+    def _train_masked(
+        self,
+        query_dataset: Any,
+        task: Task,
+        task_given: bool,
+        output_dir: str | Path | None,
+        subsets: Subsets,
+        protocol: str,
+        seed: int,
+        follow_up: FollowUp,
+    ) -> tuple[Counterfactuals, list[Path]]:
+        """Recorded trainings in which examples outside a subset weigh nothing: outputs, and a file from each run."""
+        request = Request(
+            query_dataset, subsets, 1, protocol, task, task_given, seed, output_dir, False, follow_up=follow_up
+        )
+        plan = make_plan(self, self._recipe, request)
+        counterfactuals = run_plan(plan)
+        counterfactuals.save(plan.worklist.folder / "counterfactuals.safetensors")
+        return counterfactuals, [plan.worklist.found(run) for run in plan.worklist.runs()]
 
     def _num_examples(self) -> int:
         return len(Split(_one_dataset(self.train_dataset, "train"), self.data_collator))

@@ -13,11 +13,15 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, defaul
 
 from hf_attribution.artefacts import read_artefact, write_artefact
 from hf_attribution.attribution import attribute
+from hf_attribution.counterfactuals import Counterfactuals, Subsets
 from hf_attribution.errors import ArtefactError, MismatchError, UnsupportedError
-from hf_attribution.methods import Unroll
+from hf_attribution.evaluation import evaluate_lds
+from hf_attribution.methods import SmoothedUnroll, Unroll
 from hf_attribution.replay import recorder
 from hf_attribution.replay.recording import Recording
 from hf_attribution.replay.run import RecordedRun, Replay
+from hf_attribution.retraining.weighted import give_weights, weighted_class
+from hf_attribution.seeds import derive_seed
 from hf_attribution.tasks import Classification
 from hf_attribution.trainer import AttributionTrainer
 from tests.tiny import arguments, make_trainer, model, points
@@ -370,3 +374,70 @@ def test_arguments_reach_the_constructor(tmp_path):
     trainer = AttributionTrainer(model=model(), args=arguments(tmp_path), record=tmp_path / "there")
     assert trainer.recording_dir == tmp_path / "there"
     assert "record" not in trainer._recipe.named
+
+
+# Averages over masked runs
+
+
+def count_trainings(folder):
+    return len(list(folder.rglob("found/*.safetensors")))
+
+
+@pytest.mark.parametrize("masks", ["random", "antithetic", "stratified"])
+def test_smoothed_scores(tmp_path, masks):
+    trainer = make_trainer(AttributionTrainer, tmp_path, model_settings={"hidden": 4})
+    before = weights_of(trainer).clone()
+    two = trainer.attribute(method=SmoothedUnroll(runs=2, masks=masks))
+    four = trainer.attribute(method=SmoothedUnroll(runs=4, masks=masks))
+    assert torch.equal(weights_of(trainer), before)
+    assert count_trainings(tmp_path) == 4  # two of them are those of before
+    assert not list(tmp_path.rglob("recording"))
+    found = sorted(tmp_path.rglob("found/*.safetensors"))
+    runs = np.stack([read_artefact(path, "derivatives of a run")[0]["values"] for path in found])
+    assert np.allclose(runs[:2].mean(0), two.values, atol=1e-6)
+    assert np.allclose(runs.mean(0), four.values, atol=1e-6)
+    assert not np.allclose(runs[0], runs[1], rtol=0.1)
+    assert runs.any(axis=1).all()  # examples of weight 0 have derivatives, too
+    choices = four.provenance["choices"]
+    error = (runs.std(0, ddof=1) / 2) ** 2
+    assert choices["standard_error"] == pytest.approx(float(np.sqrt(error.mean())), rel=1e-3)
+    assert len(four.provenance["used_subsets"]) == 4
+    kept = Counterfactuals.load(choices["counterfactuals"])
+    assert kept.outputs.shape == (4, 1, 7)
+    with pytest.raises(ValueError, match="subset"):
+        evaluate_lds(four, kept)
+
+
+def test_masks_alone_are_derivatives_of_the_fixed_training(tmp_path):
+    """The removal of one more example from a masked run, against a real training without it."""
+    trainer = make_trainer(AttributionTrainer, tmp_path, model_settings={"hidden": 4}, learning_rate=0.01)
+    scores = trainer.attribute(method=SmoothedUnroll(runs=1, vary="masks"))
+    seed = derive_seed(derive_seed(0, "smoothed_unroll"), "run", 0)
+    mask = Subsets.random(24, 1, 0.5, derive_seed(0, "smoothed_unroll", "subsets")).masks[0]
+    outputs = []
+    for row in (None, *np.flatnonzero(mask)[:3]):
+        weights = torch.from_numpy(mask.astype(np.float32))
+        if row is not None:
+            weights[row] = 0
+        weighted = make_trainer(
+            weighted_class(AttributionTrainer), tmp_path / "w", model_settings={"hidden": 4}, learning_rate=0.01,
+            seed=seed, data_seed=seed,
+        )  # fmt: skip
+        give_weights(weighted, weights, Classification())
+        weighted.train()
+        with torch.no_grad():
+            batch = {name: torch.tensor(points(7, seed=1)[name]) for name in ("points", "labels")}
+            outputs.append(Classification().measurement(weighted.model.eval(), batch))
+    for number, row in enumerate(np.flatnonzero(mask)[:3], 1):
+        actual = (outputs[0] - outputs[number]).numpy()
+        assert np.linalg.norm(actual - scores.values[:, row]) < 0.05 * np.linalg.norm(actual)
+
+
+def test_smoothed_settings():
+    for wrong in ({"runs": 0}, {"fraction": 1.0}, {"vary": "seeds"}, {"masks": "even"}, {"last": 2.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            SmoothedUnroll(**wrong)
+    with pytest.raises(ValueError, match="antithetic"):
+        SmoothedUnroll(masks="antithetic", fraction=0.3)
+    with pytest.raises(ValueError, match="AttributionTrainer"):
+        attribute(model(), points(), points(), method="smoothed_unroll")

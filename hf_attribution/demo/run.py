@@ -98,7 +98,8 @@ def _play(act: Act, full: bool, every_method: bool, folder: Path, seed: int, con
     # The unit of cost is the mean of several trainings: the first one of a process takes longer.
     training_seconds = ensembles["full"].provenance["seconds"] / act.ensemble
     console.print(f"Trained {act.ensemble} more, and {act.ensemble} on halves. One takes {training_seconds:.1f} s.")
-    names = [name for name in (METHODS if every_method else REPRESENTATIVE) if name not in act.without]
+    every = [name for name, kind in METHODS.items() if not (kind.needs_run or kind.needs_trainings)]
+    names = [name for name in (every if every_method else REPRESENTATIVE) if name not in act.without]
     scored = _attribute(act, names, trainer, query, folder, console)
     ensembled = [name for name in names if takes_ensemble(METHODS[name])] if every_method else [SHOWN]
     scored |= _attribute_with_ensembles(act, ensembled, trainer, ensembles, query, folder, console)

@@ -19,6 +19,7 @@ from hf_attribution.methods.logra import LoGra
 from hf_attribution.methods.random import Random
 from hf_attribution.methods.representation_similarity import RepresentationSimilarity
 from hf_attribution.methods.representer import Representer
+from hf_attribution.methods.smoothed_unroll import SmoothedUnroll
 from hf_attribution.methods.tracin import TracIn
 from hf_attribution.methods.trackstar import TrackStar
 from hf_attribution.methods.trak import Trak
@@ -54,6 +55,7 @@ METHODS: dict[str, type[Method]] = _Methods(
             EKFac,
             DataInf,
             Unroll,
+            SmoothedUnroll,
         )
     }
 )
@@ -106,6 +108,7 @@ __all__ = [
     "RepresentationSimilarity",
     "Representer",
     "Scored",
+    "SmoothedUnroll",
     "TracIn",
     "TrackStar",
     "Trak",

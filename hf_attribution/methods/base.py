@@ -14,10 +14,17 @@ from hf_attribution.problem import Problem
 
 
 class Scored(NamedTuple):
-    """What a method returns: float32 values `[Q, N]`, and what its automatic settings chose."""
+    """What a method returns.
+
+    Args:
+        values: float32 `[Q, N]`.
+        choices: What its automatic settings chose, and what it found out on the way; JSON.
+        used_subsets: Keys of the subsets whose trainings fed it, which `evaluate_lds` refuses to score it on.
+    """
 
     values: np.ndarray
     choices: dict[str, Any] = {}  # noqa: RUF012 (an empty default that nobody writes to)
+    used_subsets: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +39,7 @@ class Method:
     paper: ClassVar[str]
     needs_checkpoints: ClassVar[bool] = False
     needs_run: ClassVar[bool] = False
+    needs_trainings: ClassVar[bool] = False
 
     def score(self, problem: Problem) -> Scored:
         """Score all training examples for all queries.

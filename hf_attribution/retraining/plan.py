@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from hf_attribution.retraining.worklist import Run, WorkList, keep_subsets
 from hf_attribution.seeds import derive_seed, seeded
 from hf_attribution.tasks import Task
 
-PROTOCOLS = ("resampled", "fixed")
+PROTOCOLS = ("resampled", "fixed", "masked")
 
 # Where a configuration came from, and by whom it was written, changes no training. Its `dtype` is set when a model is
 # saved, in every model that shares the configuration; the fingerprint of the weights says what theirs is.
@@ -44,12 +45,13 @@ class Request:
         query_dataset: The queries, preprocessed: Q rows.
         subsets: What to train on.
         seeds: R, trainings per subset.
-        protocol: `"resampled"` or `"fixed"`.
+        protocol: `"resampled"` or `"fixed"`, or `"masked"`, as `"fixed"` but with a seed of its own for every run.
         task: What is measured, and with `"fixed"` trained on.
         task_given: Whether the user named the task.
         seed: Base of all seeds.
         output_dir: Where results are kept, or `None` for a folder in the trainer's own.
         keep_checkpoints: Whether the final weights of every run are kept.
+        follow_up: What is done with every recorded training, for which trainings are recorded.
     """
 
     query_dataset: Any
@@ -61,6 +63,20 @@ class Request:
     seed: int
     output_dir: str | Path | None
     keep_checkpoints: bool
+    follow_up: "FollowUp | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FollowUp:
+    """What is done with a recorded training before its recording is deleted and the run counts as finished.
+
+    Args:
+        act: Takes the trained trainer, the folder of its recording, and a path for what is found.
+        settings: What decides the outcome besides the training; JSON.
+    """
+
+    act: Callable[[Trainer, Path, Path], None]
+    settings: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +166,7 @@ def make_plan(trainer: Trainer, recipe: Recipe, request: Request) -> Plan:
         raise UnsupportedError(
             f"keep_checkpoints needs a model with save_pretrained; {type(initial).__name__} has none."
         )
-    if request.protocol == "fixed":
+    if request.protocol != "resampled":
         check_weighted(trainer, initial, train.dataset, request.task_given)
     queries = list(query.batches())
     measured(cast(nn.Module, trainer.model), request.task, queries, "with the model as it is now")
@@ -212,6 +228,7 @@ def _manifest(
         "compute_loss_func": None if trainer.compute_loss_func is None else _qualified(trainer.compute_loss_func),
         "optimizer": None if optimizer is None else [_qualified(optimizer[0]), repr(optimizer[1])],
         "arguments": material_arguments(trainer.args),
+        **({"follow_up": request.follow_up.settings} if request.follow_up is not None else {}),
         "subsets": request.subsets.description,
         "subset_keys": request.subsets.keys(),
     }

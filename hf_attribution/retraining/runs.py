@@ -125,6 +125,9 @@ def _build(plan: Plan, run: Run, args: TrainingArguments) -> Trainer:
         return plan.recipe.build(args, select_rows(dataset, subsets.indices(run.subset)))
     trainer = plan.recipe.build(args, dataset, weighted_class(plan.recipe.trainer_class))
     give_weights(trainer, torch.from_numpy(subsets.masks[run.subset].astype(np.float32)), plan.request.task)
+    if plan.request.follow_up is not None:
+        recorded: Any = trainer
+        recorded.recording_dir = plan.worklist.scratch(run) / "recording"
     return trainer
 
 
@@ -145,6 +148,8 @@ def _do(plan: Plan, run: Run) -> tuple[np.ndarray, float]:
         try:
             if worklist.keep_checkpoints:
                 _keep(plan, run, trainer)
+            if plan.request.follow_up is not None:
+                plan.request.follow_up.act(trainer, scratch / "recording", worklist.found(run))
             worklist.write(run, outputs, seconds)
         except OSError as error:
             message = f"{error.strerror or error}; {_progress(plan)} Make room and call retrain again"

@@ -80,6 +80,10 @@ class WorkList:
         """The folder with a run's final weights."""
         return self.folder / "runs" / run.name
 
+    def found(self, run: Run) -> Path:
+        """The file for what is found out from a run's recording."""
+        return self.folder / "found" / f"{run.name}.safetensors"
+
     def scratch(self, run: Run) -> Path:
         """Where a run may write while it lasts."""
         return self.folder / "work" / run.name

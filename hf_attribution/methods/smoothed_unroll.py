@@ -1,0 +1,148 @@
+"""Unrolled differentiation averaged over trainings on random subsets: linear where it is evaluated."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from transformers import Trainer
+
+from hf_attribution.artefacts import read_artefact, write_artefact
+from hf_attribution.errors import UnsupportedError
+from hf_attribution.methods.base import Method, Scored
+from hf_attribution.methods.unroll import Unroll
+from hf_attribution.problem import Problem
+from hf_attribution.replay.run import RecordedRun
+from hf_attribution.replay.sweep import Differentiable
+from hf_attribution.retraining import FollowUp
+from hf_attribution.seeds import derive_seed
+from hf_attribution.subsets import Subsets
+
+VARY = {"masks": "fixed", "masks+seeds": "masked"}
+_KIND = "derivatives of a run"
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothedUnroll(Method):
+    """`E_S[∂m_q(θ_T(w)) / ∂w_i at w = 1_S]`: exact derivatives, averaged over trainings on random subsets S.
+
+    A derivative at the full training says little of random halves, since training is not linear that far. The mean of
+    derivatives at random subsets is, by Stein's lemma, (for Gaussian weights) the best linear predictor over them.
+    Examples outside a subset keep their place in the batches with weight 0, and have derivatives like all others.
+
+    Every run is recorded, swept back through for all queries, and written down, like the retrainings of
+    `trainer.retrain`: an interrupted call goes on where it stopped, more `runs` add to those that are there, and
+    several processes may share the work. Cost: per run, a training and about 1.5 to 2 per query.
+
+    Args:
+        runs: How many trainings.
+        fraction: The fraction of the examples in each: that of the subsets which are asked about.
+        vary: `"masks+seeds"`: every run has weights (given `model_init`), order and dropout of its own, for questions
+            about trainings in general. `"masks"`: all share those, for questions about one training.
+        masks: How subsets are drawn: `"random"`; `"antithetic"`: every second one is the complement of the one
+            before (fraction ½); `"stratified"`: with the same fraction of every class.
+        last: The share of the steps that is gone back through, as for `Unroll`.
+        curvature: `"exact"` or `"gauss_newton"`, as for `Unroll`.
+        seed: Of the subsets and the runs.
+    """
+
+    runs: int = 6
+    fraction: float = 0.5
+    vary: str = "masks+seeds"
+    masks: str = "random"
+    last: float = 1.0
+    curvature: str = "exact"
+    seed: int = 0
+
+    name: ClassVar[str] = "smoothed_unroll"
+    paper: ClassVar[str] = "after Ilyas & Engstrom 2025, MAGIC, averaged over random subsets"
+    needs_trainings: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        known = {"vary": tuple(VARY), "masks": ("random", "antithetic", "stratified")}
+        for setting, choices in known.items():
+            if getattr(self, setting) not in choices:
+                raise ValueError(f"{setting} must be one of {', '.join(choices)}, not {getattr(self, setting)!r}.")
+        if self.runs < 1:
+            raise ValueError(f"runs must be at least 1, not {self.runs}.")
+        if not 0 < self.fraction < 1:
+            raise ValueError(f"fraction must be in (0, 1), not {self.fraction}: for 1 there is Unroll.")
+        if self.masks == "antithetic" and self.fraction != 0.5:
+            raise ValueError(f"masks='antithetic' needs fraction=0.5, not {self.fraction}.")
+        _ = self._unroll  # checks the settings that it shares
+
+    def score(self, problem: Problem) -> Scored:
+        """Train, sweep, average.
+
+        Args:
+            problem: Model, task, data, and what trains.
+
+        Returns:
+            Values `[Q, N]`; how far the average has come; the subsets that were trained on.
+
+        Raises:
+            ValueError: If there is no trainer to train with.
+        """
+        if problem.train_masked is None:
+            raise ValueError(
+                "smoothed_unroll trains: call trainer.attribute(queries, method='smoothed_unroll') of an "
+                "AttributionTrainer."
+            )
+        subsets = self._subsets(problem)
+
+        def sweep(trainer: Trainer, recording: Path, found: Path) -> None:
+            run = RecordedRun.open(recording, trainer)
+            prepared = Differentiable.prepare(run, problem.task, self.curvature)
+            of_run = dataclasses.replace(problem, model=run.final_model(), run=run, progress=False)
+            values, choices = self._unroll.differentiate(of_run, prepared)
+            write_artefact(found, _KIND, {"values": values.numpy()}, choices)
+
+        settings = {"method": self.name, "last": self.last, "curvature": self.curvature}
+        _, files = problem.train_masked(
+            subsets=subsets,
+            protocol=VARY[self.vary],
+            seed=derive_seed(self.seed, self.name),
+            follow_up=FollowUp(sweep, settings),
+        )
+        values, choices = _averaged(files)
+        return Scored(
+            values,
+            {**choices, "counterfactuals": str(files[0].parents[1] / "counterfactuals.safetensors")},
+            subsets.keys(),
+        )
+
+    @property
+    def _unroll(self) -> Unroll:
+        return Unroll(last=self.last, curvature=self.curvature, radius=None)
+
+    def _subsets(self, problem: Problem) -> Subsets:
+        """One subset a run; those of fewer runs are the first of those of more."""
+        seed, size = derive_seed(self.seed, self.name, "subsets"), len(problem.train)
+        if self.masks == "antithetic":
+            half = Subsets.random(size, (self.runs + 1) // 2, self.fraction, seed)
+            masks = np.stack([half.masks, ~half.masks], axis=1).reshape(-1, size)[: self.runs]
+            return Subsets(masks, {**half.description, "name": "antithetic"})
+        if self.masks == "stratified":
+            labels = problem.task.labels(problem.train_dataset)
+            if labels is None:
+                raise UnsupportedError("masks='stratified' needs classes, and these examples have none.")
+            return Subsets.stratified(labels, self.runs, self.fraction, seed)
+        return Subsets.random(size, self.runs, self.fraction, seed)
+
+
+def _averaged(files: list[Path]) -> tuple[np.ndarray, dict[str, Any]]:
+    """The mean over runs, and how reliable it is: the share of its variance over examples that is not noise."""
+    total: Any = 0.0
+    squares: Any = 0.0
+    for file in files:
+        values = read_artefact(file, _KIND)[0]["values"].astype(np.float64)
+        total, squares = total + values, squares + values**2
+    mean = total / len(files)
+    choices: dict[str, Any] = {"runs": len(files), "standard_error": None, "reliability": None}
+    if len(files) > 1:
+        error = np.maximum(squares / len(files) - mean**2, 0) / (len(files) - 1)
+        signal = mean.var(axis=1)
+        choices["standard_error"] = float(np.sqrt(error.mean()))
+        if signal.all():
+            choices["reliability"] = float(np.median(1 - error.mean(axis=1) / signal))
+    return mean.astype(np.float32), choices
