@@ -38,7 +38,8 @@ class SmoothedUnroll(Method):
         runs: How many trainings.
         fraction: The fraction of the examples in each: that of the subsets which are asked about.
         vary: `"masks+seeds"`: every run has weights (given `model_init`), order and dropout of its own, for questions
-            about trainings in general. `"masks"`: all share those, for questions about one training.
+            about trainings in general. `"masks"`: all share those of `trainer.retrain(protocol="fixed", seed=seed)`,
+            for questions about that one training.
         masks: How subsets are drawn: `"random"`; `"antithetic"`: every second one is the complement of the one
             before (fraction ½); `"stratified"`: with the same fraction of every class.
         last: The share of the steps that is gone back through, as for `Unroll`.
@@ -101,7 +102,8 @@ class SmoothedUnroll(Method):
         _, files = problem.train_masked(
             subsets=subsets,
             protocol=VARY[self.vary],
-            seed=derive_seed(self.seed, self.name),
+            # With masks alone the run is that of `retrain(protocol="fixed")` under the same seed.
+            seed=self.seed if self.vary == "masks" else derive_seed(self.seed, self.name),
             follow_up=FollowUp(sweep, settings),
         )
         values, choices = _averaged(files)
