@@ -34,14 +34,14 @@ from hf_attribution import Influence, attribute
 from hf_attribution.demo.data import load_digits, load_film_reviews, minilm_path
 from hf_attribution.tasks import Classification, Regression, Task
 
-NUM_TRAIN, NUM_QUERY = 600, 50
+NUM_TRAIN, NUM_QUERY = 1000, 50
 
 
 @dataclasses.dataclass
 class Arguments:
     """Options."""
 
-    left_out: int = dataclasses.field(default=30, metadata={"help": "Examples that are left out, one at a time."})
+    left_out: int = dataclasses.field(default=20, metadata={"help": "Examples that are left out, one at a time."})
     output_dir: str = dataclasses.field(default="outputs/convex", metadata={"help": "Where results go."})
     seed: int = dataclasses.field(default=0, metadata={"help": "Seed of initial weights and of the examples."})
 
@@ -153,14 +153,14 @@ def fragility_cases(seed: int) -> list[Case]:
     pixels = digits(seed, side=7)
     flat = pixels._replace(inputs=pixels.inputs.flatten(1), query_inputs=pixels.query_inputs.flatten(1))
 
-    def case(name: str, depth: int = 1, width: int = 16, weight_decay: float = 5.0) -> Case:
+    def case(name: str, depth: int = 1, width: int = 16, weight_decay: float = 10.0) -> Case:
         torch.manual_seed(seed)
         return Case(name, mlp(depth, width), flat, Classification(), weight_decay, "gauss_newton")
 
     return [
         *(case(f"depth {depth}", depth=depth) for depth in (1, 2, 4)),
         *(case(f"width {width}", width=width) for width in (4, 64)),
-        *(case(f"weight decay {decay:g}", weight_decay=decay) for decay in (10.0, 2.0, 0.5)),
+        *(case(f"weight decay {decay:g}", weight_decay=decay) for decay in (30.0, 3.0, 1.0)),
     ]
 
 
