@@ -6,14 +6,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import default_data_collator
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from typing_extensions import Unpack
 
+from hf_attribution.checkpoints import as_checkpoint
 from hf_attribution.data import Split, check_same_columns, used_columns
 from hf_attribution.ensemble import Ensemble
 from hf_attribution.errors import MismatchError, NonFiniteError
@@ -23,6 +24,18 @@ from hf_attribution.problem import Checkpoint, Problem
 from hf_attribution.replay.run import RecordedRun
 from hf_attribution.scores import Scores
 from hf_attribution.tasks import Task, infer_task
+
+
+class Setup(TypedDict, total=False):
+    """What `attribute` and its like take beside data and method."""
+
+    task: Task | None
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None
+    checkpoints: Ensemble | Sequence[str | Path | nn.Module | Checkpoint] | None
+    batch_size: int
+    cache_dir: str | Path | None
+    remove_unused_columns: bool
+    progress: bool
 
 
 def attribute(
@@ -96,13 +109,7 @@ def attribute_parts(
     *,
     granularity: str = "token",
     method: str | Method = "grad_dot",
-    task: Task | None = None,
-    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
-    checkpoints: Ensemble | Sequence[str | Path | nn.Module | Checkpoint] | None = None,
-    batch_size: int = 32,
-    cache_dir: str | Path | None = None,
-    remove_unused_columns: bool = True,
-    progress: bool = True,
+    **setup: Unpack[Setup],
 ) -> PartScores:
     """Attribute as `attribute` does, to the tokens of the training examples or to the model's modules.
 
@@ -114,13 +121,8 @@ def attribute_parts(
             of the model does.
         method: A method whose scores are such sums: `"grad_dot"`, `"tracin"`, `"diagonal"`, `"kfac"`, `"ekfac"` or
             `"datainf"`, by name or with settings.
-        task: What is learned and measured; by default told from the model's class, see `infer_task`.
-        data_collator: The collator of training; by default transformers' `default_data_collator`.
-        checkpoints: Weights to attribute with, instead of the model's own, as for `attribute`.
-        batch_size: Rows in a batch. It does not change the scores.
-        cache_dir: Where curvature is kept and found again; by default it is deleted at the end.
-        remove_unused_columns: Drop columns that the model's `forward` does not take, as the Trainer does.
-        progress: Whether to show progress bars.
+        **setup: As for `attribute`: `task`, `data_collator`, `checkpoints`, `batch_size`, `cache_dir`,
+            `remove_unused_columns`, `progress`.
 
     Returns:
         `PartScores`; their `sum()` is what `attribute` returns.
@@ -137,10 +139,7 @@ def attribute_parts(
         raise ValueError(f"granularity must be 'module' or 'token', not {granularity!r}; `attribute` scores examples.")
     chosen = get_method(method)
     started = time.perf_counter()
-    with _problem(
-        model, train_dataset, query_dataset, task, data_collator, checkpoints, batch_size, cache_dir,
-        remove_unused_columns, progress,
-    ) as (problem, used_subsets):  # fmt: skip
+    with _problem(model, train_dataset, query_dataset, **setup) as (problem, used_subsets):
         layout, scored = chosen.part_scores(problem, granularity)
         provenance = _provenance(problem, used_subsets, scored, started)
     return PartScores(
@@ -154,13 +153,7 @@ def self_influence(
     train_dataset: Any,
     *,
     method: str | Method = "influence",
-    task: Task | None = None,
-    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
-    checkpoints: Ensemble | Sequence[str | Path | nn.Module | Checkpoint] | None = None,
-    batch_size: int = 32,
-    cache_dir: str | Path | None = None,
-    remove_unused_columns: bool = True,
-    progress: bool = True,
+    **setup: Unpack[Setup],
 ) -> np.ndarray:
     """What every training example does for the model's fit to itself, without all the other pairs.
 
@@ -171,13 +164,8 @@ def self_influence(
         model: The trained model, on the device to compute on.
         train_dataset: What it was trained on, preprocessed: N rows.
         method: A name in `METHODS` of a method that compares gradients, or such a method with settings.
-        task: What is learned; by default told from the model's class, see `infer_task`.
-        data_collator: The collator of training; by default transformers' `default_data_collator`.
-        checkpoints: Weights to attribute with, instead of the model's own, as for `attribute`.
-        batch_size: Rows in a batch. It does not change the result.
-        cache_dir: Where projected gradients are kept and found again; by default they are deleted at the end.
-        remove_unused_columns: Drop columns that the model's `forward` does not take, as the Trainer does.
-        progress: Whether to show progress bars.
+        **setup: As for `attribute`: `task`, `data_collator`, `checkpoints`, `batch_size`, `cache_dir`,
+            `remove_unused_columns`, `progress`.
 
     Returns:
         float32 `[N]`: each example's score for minus its own loss.
@@ -193,10 +181,7 @@ def self_influence(
         >>> train.select(own.argsort()[::-1][:20])  # look at these first  # doctest: +SKIP
     """
     chosen = get_method(method)
-    with _problem(
-        model, train_dataset, train_dataset, task, data_collator, checkpoints, batch_size, cache_dir,
-        remove_unused_columns, progress,
-    ) as (problem, _):  # fmt: skip
+    with _problem(model, train_dataset, train_dataset, **setup) as (problem, _):
         values = np.asarray(chosen.self_influence(problem), dtype=np.float32)
         _check_values(values[None], (1, problem.shape[1]), f"{chosen.name} (self-influence)")
     return values
@@ -222,13 +207,13 @@ def _problem(
     model: nn.Module,
     train_dataset: Any,
     query_dataset: Any,
-    task: Task | None,
-    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None,
-    checkpoints: Ensemble | Sequence[str | Path | nn.Module | Checkpoint] | None,
-    batch_size: int,
-    cache_dir: str | Path | None,
-    remove_unused_columns: bool,
-    progress: bool,
+    task: Task | None = None,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    checkpoints: Ensemble | Sequence[str | Path | nn.Module | Checkpoint] | None = None,
+    batch_size: int = 32,
+    cache_dir: str | Path | None = None,
+    remove_unused_columns: bool = True,
+    progress: bool = True,
 ) -> Iterator[tuple[Problem, dict[str, Any]]]:
     """The problem that a method is given, tried on two examples, and the subsets that its models were trained on."""
     check_same_columns(train_dataset, query_dataset)
@@ -256,69 +241,6 @@ def _problem(
         )
         _try_task(problem)
         yield problem, used_subsets
-
-
-def as_checkpoint(source: str | Path | nn.Module | Checkpoint) -> Checkpoint:
-    """A checkpoint from a folder or a model; a Trainer's folder is weighted by its learning rates.
-
-    Args:
-        source: A folder, a model, or a checkpoint, which is returned as it is.
-
-    Returns:
-        The checkpoint.
-
-    Raises:
-        FileNotFoundError: If the folder does not exist.
-    """
-    if isinstance(source, Checkpoint):
-        return source
-    if isinstance(source, nn.Module):
-        return Checkpoint(source)
-    folder = Path(source)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"The checkpoint folder {folder} does not exist.")
-    return Checkpoint(folder)
-
-
-def trainer_checkpoints(output_dir: str | Path) -> list[Checkpoint]:
-    """The `checkpoint-*` folders of a Trainer, in step order, weighted by the learning rates of their run.
-
-    A checkpoint stands for the steps since the one before it: its weight is the mean of the learning rates at the two
-    ends, as the scheduler saved them, times the share of the run's steps between them. (The rate at the checkpoint
-    alone, as in Pruthi et al. 2020, is zero for the last checkpoint of a linear schedule.)
-
-    Args:
-        output_dir: The Trainer's `output_dir`.
-
-    Returns:
-        The checkpoints.
-
-    Raises:
-        ValueError: If there are none, or they were saved without their scheduler.
-    """
-    folders = sorted(
-        (p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdigit()),
-        key=lambda p: int(p.name.rpartition("-")[2]),
-    )
-    if not folders:
-        raise ValueError(
-            f"There are no checkpoint-* folders in {output_dir}: train with save_strategy='epoch' (or 'steps') and "
-            "without save_total_limit, or pass checkpoints=[...]."
-        )
-    weights, last_rate, last_step = [], None, 0
-    for folder in folders:
-        try:
-            state = torch.load(folder / "scheduler.pt", weights_only=True)
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{folder} has no scheduler.pt, so its learning rate is not known: train with save_only_model=False, "
-                "or pass checkpoints=[Checkpoint(folder, weight=learning_rate), ...]."
-            ) from error
-        step, rate = int(folder.name.rpartition("-")[2]), float(state["_last_lr"][0])
-        before = float(state["base_lrs"][0]) if last_rate is None else last_rate
-        weights.append((before + rate) / 2 * (step - last_step))
-        last_rate, last_step = rate, step
-    return [Checkpoint(f, weight / last_step) for f, weight in zip(folders, weights, strict=True)]
 
 
 def _try_task(problem: Problem) -> None:

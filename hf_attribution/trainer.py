@@ -9,7 +9,8 @@ import numpy as np
 from torch import nn
 from transformers import Trainer
 
-from hf_attribution.attribution import attribute, attribute_parts, self_influence, trainer_checkpoints
+from hf_attribution.attribution import attribute, attribute_parts, self_influence
+from hf_attribution.checkpoints import trainer_checkpoints
 from hf_attribution.counterfactuals import Counterfactuals, Subsets
 from hf_attribution.data import Split
 from hf_attribution.ensemble import Ensemble

@@ -27,8 +27,8 @@ from transformers.utils import logging
 
 from hf_attribution import preprocessing
 from hf_attribution.arguments import DataArguments, ModelArguments
-from hf_attribution.attribution import trainer_checkpoints
 from hf_attribution.blocks import text_blocks
+from hf_attribution.checkpoints import trainer_checkpoints
 from hf_attribution.methods import Method
 from hf_attribution.problem import Checkpoint
 from hf_attribution.splits import draw_rows, load_query, load_train

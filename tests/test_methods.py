@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers as tf
 
-from hf_attribution.attribution import as_checkpoint, attribute, self_influence, trainer_checkpoints
+from hf_attribution.attribution import attribute, self_influence
+from hf_attribution.checkpoints import as_checkpoint, trainer_checkpoints
 from hf_attribution.errors import ArtefactError, MismatchError, NonFiniteError, UnsupportedError
 from hf_attribution.inputs import weights_fingerprint
 from hf_attribution.methods import METHODS, GradCos, GradDot, LabelMatch, RepresentationSimilarity, Trak, get_method

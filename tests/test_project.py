@@ -25,7 +25,7 @@ LAYERS = (
     ("problem",),
     ("methods", "retraining"),
     ("ensemble",),
-    ("attribution",),
+    ("checkpoints", "attribution"),
     ("trainer", "hub", "report", "workspace"),
     ("studies", "debugging"),
     ("demo", "cli"),
