@@ -2,9 +2,11 @@
 
 python scripts/unrolled.py speed    # seconds of sweeps and of recording, in training steps
 python scripts/unrolled.py lds      # LDS of unroll and smoothed_unroll under the fixed protocol
+python scripts/unrolled.py resampled    # the same under the resampled protocol, beside other methods, on a smaller CNN
 """
 
 import dataclasses
+import datetime
 import sys
 import tempfile
 import time
@@ -27,10 +29,11 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import logging
 
-from hf_attribution import AttributionTrainer, SmoothedUnroll, Unroll, evaluate_lds
+from hf_attribution import AttributionTrainer, Influence, SmoothedUnroll, Unroll, evaluate_lds
 from hf_attribution.methods import LabelMatch, Method
 from hf_attribution.replay.run import RecordedRun
 from hf_attribution.replay.sweep import Differentiable
@@ -45,19 +48,23 @@ class DigitsConfig(PretrainedConfig):
 
     model_type = "digits_cnn"
     num_classes: int = 10
+    width: int = 16
+    activation: str = "relu"
 
 
 class DigitsForImageClassification(PreTrainedModel):
-    """A residual network without normalisation: 28k parameters, ReLU."""
+    """A residual network without normalisation: 28k parameters with the default width."""
 
     config_class = DigitsConfig
     main_input_name = "pixel_values"
 
     def __init__(self, config: DigitsConfig) -> None:
         super().__init__(config)
-        self.stem, self.down = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1, stride=2)
-        self.first, self.second = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
-        self.classifier = nn.Linear(32 * 16, config.num_classes)
+        narrow, wide = config.width, 2 * config.width
+        self.stem, self.down = nn.Conv2d(1, narrow, 3, padding=1), nn.Conv2d(narrow, wide, 3, padding=1, stride=2)
+        self.first, self.second = nn.Conv2d(wide, wide, 3, padding=1), nn.Conv2d(wide, wide, 3, padding=1)
+        self.classifier = nn.Linear(wide * 16, config.num_classes)
+        self.activation = ACT2FN[config.activation]
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -66,8 +73,9 @@ class DigitsForImageClassification(PreTrainedModel):
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         """Logits `[B, 10]` of images `[B, 1, 8, 8]`, and with labels the mean cross-entropy."""
-        hidden = torch.relu(self.down(torch.relu(self.stem(pixel_values))))
-        hidden = hidden + self.second(torch.relu(self.first(hidden)))
+        act = self.activation
+        hidden = act(self.down(act(self.stem(pixel_values))))
+        hidden = hidden + self.second(act(self.first(hidden)))
         logits = self.classifier(hidden.flatten(1))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
@@ -92,6 +100,11 @@ def tokens(rows: slice) -> Dataset:
 def cnn() -> PreTrainedModel:
     """The digits CNN."""
     return DigitsForImageClassification(DigitsConfig())
+
+
+def small_cnn() -> PreTrainedModel:
+    """The same with smooth activations and 9k parameters."""
+    return DigitsForImageClassification(DigitsConfig(width=8, activation="gelu"))
 
 
 def vit() -> PreTrainedModel:
@@ -227,10 +240,60 @@ def lds(console: Console, queries: int = 16, num_subsets: int = 24, runs: int = 
     console.print(table)
 
 
+def resampled(console: Console, queries: int = 16, num_subsets: int = 60, seeds: int = 5) -> None:
+    """LDS on random halves that are trained on afresh: initial weights, order and examples all new."""
+    train, query = digits(slice(1000)), digits(slice(1000, 1000 + queries))
+    table = Table("method", "LDS", "partial LDS", "trainings")
+    with tempfile.TemporaryDirectory() as folder:
+        optimizer = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9})}
+        trainer = trainer_of(
+            small_cnn, train, folder, True, optimizer,
+            learning_rate=0.05, max_steps=100, per_device_train_batch_size=100, max_grad_norm=0.0,
+        )  # fmt: skip
+        trainer.train()
+        full, half = (trainer.train_ensemble(6, fraction) for fraction in (1.0, 0.5))
+        training = full.provenance["seconds"] / 6
+        found: dict[str, tuple[Any, float]] = {}
+
+        def score(name: str, method: Method, ensemble: Any = None) -> None:
+            scores = trainer.attribute(query, method=method, checkpoints=ensemble)
+            before = ensemble.provenance["seconds"] if ensemble is not None else 0.0
+            found[name] = scores, (scores.provenance["seconds"] + before) / training
+            console.print(f"{name}: {found[name][1]:.1f} trainings")
+
+        score("label_match", LabelMatch())
+        score("influence", Influence())
+        score("influence, 6 full models", Influence(), full)
+        score("influence, 6 half models", Influence(damping=0.1), half)
+        score("unroll", Unroll(radius=None))
+        seconds = 0.0
+        for runs in (1, 2, 6, 12):
+            smooth = trainer.attribute(query, method=SmoothedUnroll(runs=runs))
+            seconds += smooth.provenance["seconds"]  # fewer runs are the first of more, and found again
+            found[f"smoothed_unroll, {runs} runs"] = smooth, seconds / training
+            console.print(f"smoothed_unroll, {runs} runs: {seconds / training:.1f} trainings")
+        truth = trainer.retrain(query, num_subsets, 0.5, seeds=seeds)
+        for name, (scores, cost) in found.items():
+            report = evaluate_lds(scores, truth, train)
+            assert report.partial_confidence_interval is not None
+            intervals = [
+                f"{value:.3f} [{low:.2f}, {high:.2f}]"
+                for value, (low, high) in (
+                    (report.lds, report.confidence_interval),
+                    (report.partial_lds, report.partial_confidence_interval),
+                )
+            ]
+            table.add_row(name, *intervals, f"{cost:.1f}")
+    console.print(table)
+    console.print(f"{report}\n{queries} queries; one training {training:.2f} s; {datetime.date.today()}")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     if sys.argv[1] == "speed":
         speed(Console(width=140), *sys.argv[2:])
+    elif sys.argv[1] == "resampled":
+        resampled(Console(width=140))
     else:
         lds(Console(width=140))

@@ -4,6 +4,15 @@ import gc
 import numpy as np
 import pytest
 import torch
+from tiny import (
+    CountTrainings,
+    PointsConfig,
+    PointsForSequenceClassification,
+    make_trainer,
+    model,
+    plain_training,
+    points,
+)
 
 from hf_attribution.artefacts import fingerprint
 from hf_attribution.attribution import attribute
@@ -16,15 +25,6 @@ from hf_attribution.scores import Scores
 from hf_attribution.seeds import derive_seed
 from hf_attribution.subsets import Subsets
 from hf_attribution.trainer import AttributionTrainer
-from tests.tiny import (
-    CountTrainings,
-    PointsConfig,
-    PointsForSequenceClassification,
-    make_trainer,
-    model,
-    plain_training,
-    points,
-)
 
 GRADIENT_METHODS = ["grad_dot", "grad_cos", "trak", "tracin", "representation_similarity"]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from models import make
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -15,7 +16,6 @@ from hf_attribution.replay.sweep import Differentiable
 from hf_attribution.replay.training import RecordedTraining
 from hf_attribution.retraining.weighted import give_weights, weighted_class
 from hf_attribution.tasks import infer_task
-from tests.models import make
 
 
 class RecordedTrainer(RecordedTraining, Trainer):

@@ -12,6 +12,16 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
+from tiny import (
+    CountTrainings,
+    PointsConfig,
+    PointsForSequenceClassification,
+    arguments,
+    make_trainer,
+    model,
+    plain_training,
+    points,
+)
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
@@ -32,16 +42,6 @@ from hf_attribution.retraining.worklist import Run, WorkList
 from hf_attribution.seeds import derive_seed
 from hf_attribution.tasks import Classification
 from hf_attribution.trainer import AttributionTrainer
-from tests.tiny import (
-    CountTrainings,
-    PointsConfig,
-    PointsForSequenceClassification,
-    arguments,
-    make_trainer,
-    model,
-    plain_training,
-    points,
-)
 
 
 @pytest.fixture(autouse=True, scope="module")

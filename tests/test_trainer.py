@@ -6,6 +6,16 @@ import numpy as np
 import pytest
 import torch
 from datasets import IterableDataset
+from tiny import (
+    CountTrainings,
+    PointsConfig,
+    PointsForSequenceClassification,
+    arguments,
+    make_trainer,
+    model,
+    plain_training,
+    points,
+)
 from torch.utils.data import Dataset as TorchDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
@@ -17,16 +27,6 @@ from hf_attribution.retraining.recipe import positional_names
 from hf_attribution.seeds import derive_seed
 from hf_attribution.tasks import Classification
 from hf_attribution.trainer import AttributionMixin, AttributionTrainer
-from tests.tiny import (
-    CountTrainings,
-    PointsConfig,
-    PointsForSequenceClassification,
-    arguments,
-    make_trainer,
-    model,
-    plain_training,
-    points,
-)
 
 
 @pytest.fixture(autouse=True, scope="module")

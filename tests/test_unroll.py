@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from tiny import arguments, make_trainer, model, points
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, default_data_collator
 
@@ -24,7 +25,6 @@ from hf_attribution.retraining.weighted import give_weights, weighted_class
 from hf_attribution.seeds import derive_seed
 from hf_attribution.tasks import Classification
 from hf_attribution.trainer import AttributionTrainer
-from tests.tiny import arguments, make_trainer, model, points
 
 QUICK = Unroll(radius=None, chunk=4)
 
