@@ -1,8 +1,8 @@
 """EK-FAC influence scores by this library and by kronfluence, on two small tasks: seconds, trainings, peak memory.
 
-Both fit the factors and score, on the same trained model, rows, layers (linear ones and convolutions) and damping; a
-row of the table is a curvature and a library. Used by benchmark.py. `pip install --no-deps kronfluence==1.0.1 einconv
-einops opt_einsum`.
+Both fit the factors and score, on the same trained model, rows, layers (linear ones and convolutions), damping and,
+for the true Fisher matrix, drawn targets: draws of their own would add noise to the comparison. A row of the table is
+a curvature and a library. Used by benchmark.py. `pip install --no-deps kronfluence==1.0.1 einconv einops opt_einsum`.
 """
 
 import copy
@@ -28,6 +28,8 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_attribution import EKFac, KFac, attribute
+from hf_attribution.logits import sampled_classes
+from hf_attribution.seeds import derive_seed
 from hf_attribution.tasks import Classification
 
 DAMPING = 0.1
@@ -96,31 +98,39 @@ def layers(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
 
 
+def drawn_targets(model: nn.Module, example: Example, seed: int = 0) -> Tensor:
+    """The targets that this library draws from the model for the training examples, `[N]`."""
+    columns = example.train[:]
+    seeds = torch.tensor([derive_seed("targets", seed, row) for row in range(len(example.train))])
+    with torch.no_grad():
+        logits = model(**{key: values for key, values in columns.items() if key != "labels"})["logits"]
+    return sampled_classes(logits[:, None], columns["labels"][:, None], seeds)[:, 0]
+
+
 def ours(
-    model: nn.Module, example: Example, curvature: str, method: type[EKFac] | type[KFac] = EKFac
+    model: nn.Module, example: Example, curvature: str, method: type[EKFac] | type[KFac] = EKFac, seed: int = 0
 ) -> tuple[np.ndarray, float]:
     """Scores of this library, and the damping per example."""
-    settings = method(curvature=curvature, modules=layers(model), damping=DAMPING, per_layer=False)
+    settings = method(curvature=curvature, modules=layers(model), damping=DAMPING, per_layer=False, seed=seed)
     scores = attribute(
         model, example.train, example.query, method=settings, task=Classification(), batch_size=100, progress=False
     )
     return scores.values, scores.provenance["choices"]["lambda"][0] / len(example.train)
 
 
-def kronfluence(model: nn.Module, example: Example, curvature: str, ridge: float, kind: str = "ekfac") -> np.ndarray:
-    """Scores of kronfluence."""
+def kronfluence(model: nn.Module, example: Example, curvature: str, ridge: float, drawn: Tensor) -> np.ndarray:
+    """Scores of kronfluence, with the targets `[N]` of the true Fisher matrix."""
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.task import Task
 
     def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return model(**{key: value for key, value in batch.items() if key != "labels"})["logits"]
+        return model(**{key: value for key, value in batch.items() if key not in ("labels", "drawn")})["logits"]
 
     class Task_(Task):
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
             found = logits(model, batch)
-            drawn = torch.distributions.Categorical(logits=found.detach()).sample() if sample else batch["labels"]
-            return F.cross_entropy(found, drawn, reduction="sum")
+            return F.cross_entropy(found, batch["drawn" if sample else "labels"], reduction="sum")
 
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
             found, index = logits(model, batch), batch["labels"][:, None]
@@ -136,10 +146,10 @@ def kronfluence(model: nn.Module, example: Example, curvature: str, ridge: float
     layers_known = layers(model)
     task = Task_()
     tracked = prepare_model(model, task)
-    train_set, query_set = _InMemory(example.train), _InMemory(example.query)
+    train_set, query_set = _InMemory(example.train, drawn=drawn), _InMemory(example.query)
     with tempfile.TemporaryDirectory() as folder:
         analyzer = Analyzer("model", tracked, task, cpu=True, output_dir=folder, disable_tqdm=True)
-        factor_args = FactorArguments(strategy=kind, use_empirical_fisher=curvature == "fisher")
+        factor_args = FactorArguments(strategy="ekfac", use_empirical_fisher=curvature == "fisher")
         analyzer.fit_all_factors("factors", train_set, per_device_batch_size=100, factor_args=factor_args)
         analyzer.compute_pairwise_scores(
             "scores", "factors", query_set, train_set, per_device_query_batch_size=len(query_set),
@@ -151,8 +161,8 @@ def kronfluence(model: nn.Module, example: Example, curvature: str, ridge: float
 class _InMemory(TorchDataset[Any]):
     """Rows that cost nothing to read."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.columns = dataset[:]
+    def __init__(self, dataset: Dataset, **more: Tensor) -> None:
+        self.columns = {**dataset[:], **more}
 
     def __len__(self) -> int:
         return len(self.columns["labels"])
@@ -171,13 +181,14 @@ def compare(repeats: int) -> list[tuple[str, ...]]:
         scores: dict[str, np.ndarray] = {}
         for _ in range(repeats):  # alternating, so that what else the machine does troubles all alike
             model = _timed(seconds, "training", example.fit)
+            drawn = drawn_targets(model, example)
             for curvature in ("true_fisher", "fisher"):
                 found, ridge = _timed(seconds, f"ekfac {curvature}", lambda: ours(model, example, curvature))  # noqa: B023
                 scores[f"ekfac {curvature}"] = found
                 if installed:
                     key = f"kronfluence {curvature}"
                     copied = copy.deepcopy(model)  # it changes what it is given
-                    scores[key] = _timed(seconds, key, lambda: kronfluence(copied, example, curvature, ridge))  # noqa: B023
+                    scores[key] = _timed(seconds, key, lambda: kronfluence(copied, example, curvature, ridge, drawn))  # noqa: B023
             scores["kfac true_fisher"], _ = _timed(
                 seconds,
                 "kfac true_fisher",
@@ -214,7 +225,7 @@ def measure(name: str, key: str) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _status("VmRSS")
     if method == "kronfluence":
-        kronfluence(model, example, curvature, 1e-4)
+        kronfluence(model, example, curvature, 1e-4, example.train[:]["labels"])
     else:
         ours(model, example, curvature, EKFac if method == "ekfac" else KFac)
     return (_status("VmHWM") - before) / 1024

@@ -16,8 +16,8 @@ from hf_attribution.errors import UnsupportedError
 from hf_attribution.gradients.per_example import Gradients
 from hf_attribution.gradients.terms import Dense, Lookup, Outer, Term, dense, packed, take
 
-# Numbers of dense gradients that are formed at once: 8 MiB of float32.
-CHUNK = 2**21
+# Numbers of dense gradients that are formed at once: 4 MiB of float32.
+CHUNK = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Block:
         weight = matrices[..., :-1] if self.has_bias else matrices
         weight = weight.transpose(1, 2) if self.transposed else weight
         parts = {self.parameters[0]: weight.flatten(1)}
-        return {**parts, self.parameters[1]: matrices[..., -1]} if self.has_bias else parts
+        # Copied, for a view of the last column would keep all the others.
+        return {**parts, self.parameters[1]: matrices[..., -1].clone()} if self.has_bias else parts
 
     def join(self, gradients: Mapping[str, list[Term]]) -> Tensor:
         """What `split` was given: matrices `[B, rows, columns]`, from values of the block's parameters."""
@@ -227,10 +228,10 @@ def scaled(terms: Sequence[Term], left: Side, right: Side, weights: Tensor) -> T
     if _is_table(terms):
         tables = [term for term in terms if isinstance(term, Lookup)]
         return [Lookup(t.ids, right.back(right.rotate(t.right) * weights[t.ids]), t.rows) for t in tables]
-    parts = []
-    for _, matrices in rotated(terms, left, right):
-        parts.append(left.back(right.back(matrices * weights).transpose(1, 2)).transpose(1, 2))
-    return torch.cat(parts)
+    found = weights.new_empty(len(terms[0]), left.size, right.size)
+    for where, matrices in rotated(terms, left, right):
+        found[where] = left.back(right.back(matrices * weights).transpose(1, 2)).transpose(1, 2)
+    return found
 
 
 def _rotated(term: Term, left: Side, right: Side) -> Tensor:

@@ -247,6 +247,7 @@ def _find_bases(rows: CurvatureRows, spectra: list[BlockSpectrum], progress: boo
                 sums[spectrum.block.name].add(terms)
             elif terms:
                 spectrum.eigenvalues.add_(sum_of_squares(terms, spectrum.left, spectrum.right))
+        gradients.terms.clear()  # before the next batch needs memory for its own
     return [BlockSpectrum(s.block, *sums.pop(s.block.name).bases()) if s.block.name in sums else s for s in spectra]
 
 
@@ -259,6 +260,7 @@ def _refit(rows: CurvatureRows, spectra: list[BlockSpectrum], progress: bool) ->
             terms = spectrum.block.matrices(gradients.terms)
             if terms:
                 spectrum.eigenvalues.add_(sum_of_squares(terms, spectrum.left, spectrum.right))
+        gradients.terms.clear()
 
 
 def _zeros(block: Block, parameters: Mapping[str, Tensor]) -> Tensor:

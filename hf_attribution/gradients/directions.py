@@ -48,11 +48,13 @@ def directional_products(
     ) as bar:
         for block in gradient_blocks(queries):
             parts = [hold(gradients) for gradients in preconditioner(block)]
+            block.clear()
             directions = concatenate(parts) if len(parts) > 1 else parts[0]
             del parts
             for batch in train.split.batches():
-                gradients = train.gradients(batch.to(train.gradients.device))
-                found = directions.products(hold(_packed(gradients)))
+                gradients = _packed(train.gradients(batch.to(train.gradients.device)))
+                found = directions.products(hold(gradients))
+                gradients.terms.clear()  # before the next batch needs memory for its own
                 refuse_non_finite(found.T, gradients.indices, "An inner product with the gradient")
                 scores[np.ix_(directions.indices.numpy(), gradients.indices.numpy())] = found.cpu().numpy()
                 bar.update(found.numel())
@@ -88,6 +90,7 @@ def gradient_blocks(source: Source) -> Iterator[list[Gradients]]:
             if held == size:
                 yield block
                 block, held = [], 0
+        del gradients, part  # whoever takes a block may clear it, to have its memory back
     if block:
         yield block
 
