@@ -9,9 +9,9 @@ from tqdm.auto import tqdm
 
 from hf_attribution.gradients import products
 from hf_attribution.gradients.checks import refuse_non_finite
-from hf_attribution.gradients.held import Source, concatenate, hold
+from hf_attribution.gradients.held import Held, Source, concatenate, hold
 from hf_attribution.gradients.per_example import Gradients
-from hf_attribution.gradients.terms import packed, take
+from hf_attribution.gradients.terms import Dense, dense, packed, take, truncated
 
 
 class Preconditioner(Protocol):
@@ -25,18 +25,20 @@ class Preconditioner(Protocol):
 
 
 def directional_products(
-    queries: Source, train: Source, preconditioner: Preconditioner, progress: bool = True
+    queries: Source, train: Source, preconditioner: Preconditioner, rank: int | None = None, progress: bool = True
 ) -> np.ndarray:
     """`⟨P g(query), g(example)⟩` for all queries and training examples.
 
-    The directions `P g` are kept dense, or by entry for embedding tables, for as many queries as fit in
-    `products.BLOCK_BYTES`; the training data are read once for each such block. Training gradients are factors until,
-    layer by layer, a batch of them is multiplied.
+    The directions `P g` are kept dense, or by entry for embedding tables, or with a low rank, for as many queries as
+    fit in `products.BLOCK_BYTES`; the training data are read once for each such block. Training gradients are factors
+    until, layer by layer, a batch of them is multiplied.
 
     Args:
         queries: The queries' gradients.
         train: The training examples' gradients, with respect to the same parameters.
         preconditioner: P.
+        rank: Rank to which a direction's matrices are truncated, "query batching" of Grosse et al. (2023, section
+            3.2.2); exact by default.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -46,11 +48,7 @@ def directional_products(
     with tqdm(
         total=scores.size, desc="gradient products", unit="pairs", unit_scale=True, leave=False, disable=not progress
     ) as bar:
-        for block in gradient_blocks(queries):
-            parts = [hold(gradients) for gradients in preconditioner(block)]
-            block.clear()
-            directions = concatenate(parts) if len(parts) > 1 else parts[0]
-            del parts
+        for directions in _directions(queries, preconditioner, rank):
             for batch in train.split.batches():
                 gradients = _packed(train.gradients(batch.to(train.gradients.device)))
                 found = directions.products(hold(gradients))
@@ -58,6 +56,7 @@ def directional_products(
                 refuse_non_finite(found.T, gradients.indices, "An inner product with the gradient")
                 scores[np.ix_(directions.indices.numpy(), gradients.indices.numpy())] = found.cpu().numpy()
                 bar.update(found.numel())
+            del directions  # before the next ones are made
     return scores
 
 
@@ -73,11 +72,16 @@ def self_products(train: Source, preconditioner: Preconditioner, progress: bool 
     return values
 
 
-def gradient_blocks(source: Source) -> Iterator[list[Gradients]]:
-    """The gradients of all rows of a source, in blocks whose dense form would fit in `products.BLOCK_BYTES`."""
+def block_size(source: Source) -> int:
+    """How many gradients of a source fit in `products.BLOCK_BYTES`."""
     itemsize = next(iter(source.gradients.parameters.values())).element_size()
     # Once dense, and once more while parts are joined.
-    size = max(1, products.BLOCK_BYTES // (2 * max(4, itemsize) * source.gradients.num_parameters))
+    return max(1, products.BLOCK_BYTES // (2 * max(4, itemsize) * source.gradients.num_parameters))
+
+
+def gradient_blocks(source: Source) -> Iterator[list[Gradients]]:
+    """The gradients of all rows of a source, in blocks whose dense form would fit in `products.BLOCK_BYTES`."""
+    size = block_size(source)
     block: list[Gradients] = []
     held = 0
     for batch in source.split.batches():
@@ -99,6 +103,40 @@ def rows_of(gradients: Gradients, where: slice) -> Gradients:
     """Some examples of a batch."""
     terms = {name: [take(term, where) for term in terms] for name, terms in gradients.terms.items()}
     return Gradients(gradients.indices[where], gradients.values[where], terms)
+
+
+def _directions(queries: Source, preconditioner: Preconditioner, rank: int | None) -> Iterator[Held]:
+    """`P g` of all queries, for as many at a time as fit in `products.BLOCK_BYTES`."""
+    parts: list[Held] = []
+    for block in gradient_blocks(queries):
+        found = [hold(_truncated(gradients, queries, rank)) for gradients in preconditioner(block)]
+        block.clear()
+        more = sum(held.num_bytes for held in found)
+        parts += found
+        del found
+        # Twice what is held: once more while parts are joined.
+        if 2 * (sum(held.num_bytes for held in parts) + more) > products.BLOCK_BYTES:
+            yield _joined(parts)
+    if parts:
+        yield _joined(parts)
+
+
+def _joined(parts: list[Held]) -> Held:
+    """The parts as one; the list is emptied, so that the memory is theirs no longer."""
+    joined = concatenate(parts) if len(parts) > 1 else parts[0]
+    parts.clear()
+    return joined
+
+
+def _truncated(gradients: Gradients, queries: Source, rank: int | None) -> Gradients:
+    if rank is None:
+        return gradients
+    terms = dict(gradients.terms)
+    for name, parameter in queries.gradients.parameters.items():
+        # One after the other, and each in the place of what it is made from.
+        if parameter.ndim > 1 and name in terms and all(isinstance(term, Dense) for term in terms[name]):
+            terms[name] = [truncated(dense(terms[name]), (len(parameter), parameter[0].numel()), rank)]
+    return Gradients(gradients.indices, gradients.values, terms)
 
 
 def _packed(gradients: Gradients) -> Gradients:

@@ -46,6 +46,10 @@ class Outer:
         return torch.bmm(self.left.transpose(1, 2), self.right).flatten(1)
 
 
+class LowRank(Outer):
+    """Few outer products that are close to a sum of many: kept as they are, and formed a few examples at a time."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Lookup:
     """Gradients of an embedding table: `right[b, t]` added to row `ids[b, t]`.
@@ -97,7 +101,12 @@ def inner_products(left: Sequence[Term], right: Sequence[Term]) -> Tensor:
         assert isinstance(other, Outer)
         return (one.left[:, 0] @ other.left[:, 0].T) * (one.right[:, 0] @ other.right[:, 0].T)
     if not (is_large_table(left) and is_large_table(right)):
-        return dense(left) @ dense(right).T
+        formed = dense(right).T
+        if not _is_low_rank(left):
+            return dense(left) @ formed
+        step = max(1, _FORMED // len(formed))
+        parts = [[take(term, slice(start, start + step)) for term in left] for start in range(0, len(left[0]), step)]
+        return torch.cat([dense(part) @ formed for part in parts])
     # Example by example on the left: all pairs of positions of all pairs of examples would not fit.
     products = [
         torch.stack([_factored_products(take(one, slice(b, b + 1)), other) for b in range(len(one))])
@@ -144,6 +153,28 @@ def packed(term: Term) -> Term:
     return Lookup(term.ids[rows, kept], term.right[rows, kept], term.rows)
 
 
+def truncated(values: Tensor, shape: tuple[int, int], rank: int) -> Term:
+    """The nearest matrices of some rank, up to the error of a randomised decomposition (Halko et al. 2011).
+
+    Args:
+        values: Matrices, flattened: `[B, rows * columns]`.
+        shape: Rows and columns.
+        rank: The most outer products that a matrix is kept as.
+
+    Returns:
+        `LowRank` factors, or where these are no smaller than the matrices, those themselves.
+    """
+    if rank * sum(shape) >= values.shape[1]:
+        return Dense(values)
+    # The subspace is drawn: from a generator of its own, for the same scores every time.
+    matrices = values.unflatten(1, shape)
+    draw = torch.Generator().manual_seed(0)
+    basis = torch.randn(shape[1], rank, generator=draw, dtype=torch.float64).to(values)
+    for _ in range(3):
+        basis = torch.linalg.qr(matrices.transpose(1, 2) @ torch.linalg.qr(matrices @ basis).Q).Q
+    return LowRank((matrices @ basis).transpose(1, 2), basis.transpose(1, 2))
+
+
 def is_large_table(terms: Sequence[Term]) -> bool:
     """Whether these are gradients of a vocabulary-sized table, which are never formed."""
     return any(isinstance(term, Lookup) and term.rows * term.right.shape[-1] > _LARGE_TABLE for term in terms)
@@ -160,9 +191,10 @@ def join(batches: Sequence[Sequence[Term]]) -> list[list[Term]]:
     """
     if any(is_large_table(terms) for terms in batches):
         return [list(terms) for terms in batches]
-    if all(_is_rank_one(terms) for terms in batches):
+    if all(_is_rank_one(terms) for terms in batches) or all(_is_low_rank(terms) for terms in batches):
         factors = [terms[0] for terms in batches]
-        return [[Outer(*(torch.cat([getattr(f, side) for f in factors]) for side in ("left", "right")))]]
+        kind = LowRank if isinstance(factors[0], LowRank) else Outer
+        return [[kind(*(torch.cat([getattr(f, side) for f in factors]) for side in ("left", "right")))]]
     return [[Dense(torch.cat([dense(terms) for terms in batches]))]]
 
 
@@ -170,6 +202,13 @@ def _is_rank_one(terms: Sequence[Term]) -> bool:
     """Whether each gradient is a single outer product: a linear layer that sees one position per example."""
     return len(terms) == 1 and isinstance(terms[0], Outer) and terms[0].left.shape[1] == 1
 
+
+def _is_low_rank(terms: Sequence[Term]) -> bool:
+    return len(terms) == 1 and isinstance(terms[0], LowRank)
+
+
+# Numbers of low-rank gradients that are formed at once.
+_FORMED = 2**22
 
 # Entries of an embedding table from which on one dense gradient per example costs more than the factors' products.
 _LARGE_TABLE = 2**18

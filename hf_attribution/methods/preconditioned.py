@@ -14,10 +14,13 @@ from hf_attribution.artefacts import fingerprint
 from hf_attribution.curvature.kronecker import KroneckerCurvature, fit_curvature
 from hf_attribution.curvature.parts import Layout
 from hf_attribution.curvature.rows import CURVATURES, CurvatureRows
-from hf_attribution.gradients.directions import Preconditioner, directional_products, self_products
+from hf_attribution.gradients.directions import Preconditioner, block_size, directional_products, self_products
+from hf_attribution.gradients.held import Source
 from hf_attribution.inputs import weights_fingerprint
 from hf_attribution.methods.base import GradientMethod, Scored, positive_damping
 from hf_attribution.problem import Problem
+
+AUTO_RANK = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +32,23 @@ class Preconditioned(GradientMethod, abc.ABC):
             training examples. `"auto"` uses the method's own choice, recorded with the scores.
         modules: Patterns (`fnmatch`) of the modules whose parameters count; all by default.
         last_layer: Only the parameters of the last linear layer count.
+        query_rank: Rank to which the matrices of a query's preconditioned gradient are truncated, so that many more
+            queries are scored in one pass over the training data; None is exact. `"auto"` truncates to 32, as Grosse
+            et al. (2023) do, only where the queries need several passes otherwise; recorded with the scores. Scores
+            of modules and tokens are exact.
     """
 
     damping: float | str = "auto"
+    query_rank: int | str | None = "auto"
 
     auto_damping: ClassVar[float]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive_damping(self.damping, self.auto_damping)
+        rank = self.query_rank
+        if not (rank is None or rank == "auto" or (type(rank) is int and rank > 0)):
+            raise ValueError(f"query_rank must be a positive integer, None or 'auto', not {rank!r}.")
 
     @abc.abstractmethod
     def fit(self, problem: Problem, model: nn.Module, number: int) -> tuple[Preconditioner, dict[str, Any]]:
@@ -49,9 +60,10 @@ class Preconditioned(GradientMethod, abc.ABC):
 
         def one(model: nn.Module, number: int) -> np.ndarray:
             preconditioner, note = self.fit(problem, model, number)
-            notes.append(note)
             queries, train = problem.sources(model, self.modules_of(model))
-            return directional_products(queries, train, preconditioner, problem.progress)
+            rank = self._rank(queries)
+            notes.append({"query_rank": rank, **note})
+            return directional_products(queries, train, preconditioner, rank, problem.progress)
 
         return Scored(problem.average(one), self._choices(notes))
 
@@ -80,6 +92,12 @@ class Preconditioned(GradientMethod, abc.ABC):
     def _choices(self, notes: list[dict[str, Any]]) -> dict[str, Any]:
         shared = {key: value for key, value in notes[0].items() if key != "lambda"}
         return {"damping": self._damping, **shared, "lambda": [note["lambda"] for note in notes]}
+
+    def _rank(self, queries: Source) -> int | None:
+        if self.query_rank == "auto":
+            return AUTO_RANK if len(queries.split) > block_size(queries) else None
+        assert not isinstance(self.query_rank, str)
+        return self.query_rank
 
     @property
     def _damping(self) -> float:
