@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_attribution.curvature.blocks import Block, Side
-from hf_attribution.gradients.terms import Lookup, Outer, Term
+from hf_attribution.gradients.terms import Lookup, Outer, Term, used_positions
 
 # The longest side with one full factor; a longer one gets a factor for each run of so many neighbours.
 MAX_SIDE, RUN = 4096, 1024
@@ -38,7 +38,7 @@ class FactorSums:
         for term in terms:
             assert isinstance(term, (Outer, Lookup))
             left = term.left if isinstance(term, Outer) else term.ids[..., None]
-            used = ((term.left if isinstance(term, Outer) else term.right) != 0).any(2)
+            used = used_positions(term)
             left, right = left[used], term.right[used]
             left_weight = right_weight = None
             if mixed:

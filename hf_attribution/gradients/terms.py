@@ -141,10 +141,9 @@ def packed(term: Term) -> Term:
     """The same gradients without positions that add nothing: padding, and what the value does not depend on."""
     if isinstance(term, Dense):
         return term
-    factor = term.left if isinstance(term, Outer) else term.right
-    counts = (used := (factor != 0).any(2)).sum(1)
-    longest = max(1, int(counts.max()))
-    if longest == factor.shape[1]:
+    used = used_positions(term)
+    longest = max(1, int(used.sum(1).max()))
+    if longest == used.shape[1]:
         return term
     kept = used.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
     rows = torch.arange(len(kept), device=kept.device)[:, None]
@@ -173,6 +172,12 @@ def truncated(values: Tensor, shape: tuple[int, int], rank: int) -> Term:
     for _ in range(3):
         basis = torch.linalg.qr(matrices.transpose(1, 2) @ torch.linalg.qr(matrices @ basis).Q).Q
     return LowRank((matrices @ basis).transpose(1, 2), basis.transpose(1, 2))
+
+
+def used_positions(term: Outer | Lookup) -> Tensor:
+    """The positions at which a gradient arrives, `[B, T]` bool."""
+    factor = term.left if isinstance(term, Outer) else term.right
+    return factor.abs().amax(2) != 0  # several times as fast as `any`
 
 
 def is_large_table(terms: Sequence[Term]) -> bool:
