@@ -77,6 +77,12 @@ def query():
 
 def scores(model, train, query, method, collator=None, **kwargs):
     collator = collator or PadTokens()
+    if method == "source" or method == METHODS["source"](curvature="fisher"):
+        # It must know of a run, here of a single step.
+        curvature = get_method(method).curvature
+        method = METHODS["source"](segments=1, optimizer="sgd", momentum=0.0, curvature=curvature)
+        models = kwargs.pop("checkpoints", None) or [model]
+        kwargs["checkpoints"] = [Checkpoint(each, learning_rate_sum=1.0) for each in models]
     return attribute(model, train, query, method=method, data_collator=collator, progress=False, **kwargs).values
 
 

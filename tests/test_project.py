@@ -17,7 +17,7 @@ LAYERS = (
     ("errors", "seeds", "seals", "metric_cache", "arguments"),
     ("artefacts", "scores", "part_scores", "subsets", "counterfactuals", "provenance", "reliability", "rows"),
     ("evaluation", "tuning", "estimation", "splits", "preprocessing", "blocks"),
-    ("inputs", "logits", "tasks", "data"),
+    ("inputs", "logits", "tasks", "data", "optimizer_states"),
     ("numbered",),
     ("gradients",),
     ("curvature",),
