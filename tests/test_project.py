@@ -24,6 +24,7 @@ LAYERS = (
     ("replay",),
     ("problem",),
     ("methods", "retraining"),
+    ("simfluence",),
     ("ensemble",),
     ("checkpoints", "attribution"),
     ("trainer", "hub", "report", "workspace"),
