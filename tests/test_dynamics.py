@@ -11,6 +11,7 @@ from tiny import arguments, model, points
 
 from hf_attribution.attribution import attribute, self_influence
 from hf_attribution.checkpoints import trainer_checkpoints
+from hf_attribution.curvature import flat
 from hf_attribution.errors import MismatchError, UnsupportedError
 from hf_attribution.methods import METHODS, Source, get_method
 from hf_attribution.problem import Checkpoint, load_weights
@@ -119,15 +120,16 @@ def dense_source(run, train, query, num_segments):
     return total.numpy()
 
 
+@pytest.mark.parametrize("solver", ["dual", "explicit"])
 @pytest.mark.parametrize("num_segments", [1, 3, 6])
-def test_source_equals_its_formula_in_dense_matrices(run, train, query, num_segments):
+def test_source_equals_its_formula_in_dense_matrices(run, train, query, num_segments, solver):
     expected = dense_source(run, train, query, num_segments)
-    settings = {"segments": num_segments, "solver": "explicit", "curvature": "gauss_newton"}
+    settings = {"segments": num_segments, "solver": solver, "curvature": "gauss_newton"}
     found = scores(run, train, query, "source", **settings)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("solver", ["ekfac", "explicit"])
+@pytest.mark.parametrize("solver", ["ekfac", "dual", "explicit"])
 def test_short_segments_are_tracin(run, train, query, solver):
     """Where little is learned, a checkpoint counts by its learning rates, and curvature not at all."""
     _, folder = run
@@ -165,6 +167,30 @@ def test_ekfac_is_exact_where_the_curvature_is_a_kronecker_product(optim, tmp_pa
     assert np.linalg.matrix_rank(exact, tol=1e-5 * np.abs(exact).max()) > 1
 
 
+@pytest.mark.parametrize("solver", ["dual", "explicit"])
+def test_exact_solvers_agree_in_single_precision(run, train, query, solver):
+    trained, folder = run
+    single = (copy.deepcopy(trained).float(), folder)
+
+    def to_single(rows):
+        return {key: value.float() if key == "points" else value for key, value in collate(rows).items()}
+
+    expected = scores(run, train, query, "source", solver="explicit", curvature="fisher")
+    found = attribute(
+        single[0], train, query, method=Source(solver=solver, curvature="fisher"), data_collator=to_single,
+        checkpoints=trainer_checkpoints(folder), progress=False,
+    ).values  # fmt: skip
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=2e-3 * np.abs(expected).max())
+
+
+def test_curvature_that_does_not_fit_is_refused(run, train, query, monkeypatch):
+    monkeypatch.setattr(flat, "MAX_BYTES", 1000)
+    monkeypatch.setattr(flat, "MAX_EXPLICIT", 10)
+    for solver in ("dual", "explicit"):
+        with pytest.raises(UnsupportedError, match=r"GB.*use solver='ekfac'"):
+            scores(run, train, query, "source", solver=solver)
+
+
 def test_what_source_must_know_is_asked_for_before_work(run, train, query, tmp_path):
     trained, folder = run
     checkpoints = trainer_checkpoints(folder)
@@ -180,7 +206,7 @@ def test_what_source_must_know_is_asked_for_before_work(run, train, query, tmp_p
     for wrong in (
         {"segments": 0},
         {"momentum": 1.0},
-        {"solver": "dual"},
+        {"solver": "cg"},
         {"curvature": "hessian"},
         {"optimizer": "x"},
     ):

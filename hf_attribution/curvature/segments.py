@@ -27,7 +27,8 @@ class Segment:
     """A stretch of training with constant curvature.
 
     Args:
-        spectra: The blocks of C, with the eigenvalues of the mean curvature.
+        spectra: The blocks of C, with the eigenvalues of the mean curvature. The basis of a block's columns may leave
+            out eigenvectors whose eigenvalue is 0.
         time: t.
         roots: The diagonal of `P^(1/2)` as each block's matrix `[rows, columns]`; nothing where P is the identity.
     """
@@ -75,18 +76,26 @@ class Segment:
             name = spectrum.block.name
             if name not in directions:
                 continue
-            weights = function(spectrum.eigenvalues.double()).to(spectrum.eigenvalues)
             terms = _times(directions[name], self.roots.get(name), spectrum.block)
-            values = scaled(terms, spectrum.left, spectrum.right, weights)
-            found[name] = _times(
-                [Dense(values)] if isinstance(values, Tensor) else values, after.get(name), spectrum.block
-            )
+            found[name] = _times(_multiplied(terms, spectrum, function), after.get(name), spectrum.block)
         return found
 
 
 def block_matrix(block: Block, values: Mapping[str, Tensor]) -> Tensor:
     """One value for every entry of a block's parameters, as its matrix `[rows, columns]`."""
     return block.join({name: [Dense(values[name][None])] for name in block.parameters})[0]
+
+
+def _multiplied(terms: list[Term], spectrum: BlockSpectrum, function: Callable[[Tensor], Tensor]) -> list[Term]:
+    """Matrices multiplied with a function of the curvature."""
+    weights = function(spectrum.eigenvalues.double()).to(spectrum.eigenvalues)
+    if weights.shape == spectrum.block.shape:
+        values = scaled(terms, spectrum.left, spectrum.right, weights)
+        return [Dense(values)] if isinstance(values, Tensor) else list(values)
+    (basis,), (whole,) = spectrum.right.vectors, terms
+    assert isinstance(whole, Dense)
+    rest = function(weights.new_zeros(1, dtype=torch.float64)).to(weights)
+    return [Dense(rest * whole.values + ((whole.values @ basis) * (weights - rest)) @ basis.T)]
 
 
 def _times(terms: Sequence[Term], factors: Tensor | None, block: Block) -> list[Term]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_attribution.curvature.elementwise import multiplied
-from hf_attribution.curvature.flat import fit_flat
+from hf_attribution.curvature.flat import fit_dual, fit_flat
 from hf_attribution.curvature.kronecker import BlockSpectrum, fit_curvature
 from hf_attribution.curvature.rows import CURVATURES, CurvatureRows
 from hf_attribution.curvature.segments import Segment, block_matrix
@@ -24,7 +24,7 @@ from hf_attribution.methods.base import GradientMethod, Scored
 from hf_attribution.optimizer_states import OptimizerState, read_optimizer_state
 from hf_attribution.problem import Checkpoint, Problem
 
-SOLVERS = ("ekfac", "explicit")
+SOLVERS = ("ekfac", "dual", "explicit")
 OPTIMIZERS = ("auto", "sgd", "adam")
 
 
@@ -46,7 +46,9 @@ class Source(GradientMethod):
             only 2 checkpoints.
         curvature: H. `"true_fisher"`: the Fisher matrix by targets drawn from the model; `"gauss_newton"`: what that
             is on average, for classifiers and regressions; `"fisher"`: the empirical Fisher matrix.
-        solver: `"ekfac"`, or for small models `"explicit"`: the matrix of all pairs of parameters.
+        solver: `"ekfac"`. `"dual"`: exact, through the kernel of all pairs of the curvature's gradients in a segment,
+            which are kept in memory, for few training examples. `"explicit"`: exact, through the matrix of all pairs
+            of parameters, for small models.
         optimizer: `"sgd"`, `"adam"` (which needs the `optimizer.pt` of the checkpoints), or `"auto"`: what these say.
         momentum: Of SGD: it multiplies the learning rate by `1 / (1 - momentum)`. `"auto"` reads `optimizer.pt`.
         seed: Seed of the drawn targets.
@@ -197,6 +199,8 @@ class _Part:
     def _fit_rows(self, rows: CurvatureRows, model: nn.Module) -> Sequence[BlockSpectrum]:
         if self.method.solver == "explicit":
             return [fit_flat(rows)]
+        if self.method.solver == "dual":
+            return [fit_dual(rows, len(self.numbers) * len(rows.gradients) * len(self.problem.train))]
         return fit_curvature(model, rows, "ekfac", progress=self.problem.progress).spectra
 
 
