@@ -422,7 +422,9 @@ def test_self_influence_is_the_diagonal_of_the_scores(name, model, train):
     assert own.std() > 0
 
 
-@pytest.mark.parametrize("name", ["random", "label_match", "representation_similarity", "grad_cos", "trackstar"])
+@pytest.mark.parametrize(
+    "name", ["random", "label_match", "representation_similarity", "grad_cos", "trackstar", "source"]
+)
 def test_methods_without_self_influence_say_so(name, model, train):
     with pytest.raises(UnsupportedError, match=f"{name} gives no example an influence on itself"):
         self_influence(model, train, method=name, data_collator=PadTokens(), progress=False)

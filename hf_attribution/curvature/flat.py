@@ -102,7 +102,7 @@ def fit_dual(rows: CurvatureRows, num_rows: int) -> BlockSpectrum:
     if needed > MAX_BYTES:
         raise UnsupportedError(
             f"The {num_rows} rows of the curvature of {size} parameters, and its eigenvectors, take "
-            f"{needed / 1e9:.0f} GB: use solver='ekfac', more segments=, or fewer parameters with modules=[...] or "
+            f"{needed / 1e9:.0f} GB: use solver='ekfac', fewer checkpoints, or fewer parameters with modules=[...] or "
             "last_layer=True."
         )
     matrix = torch.empty(num_rows, size, dtype=gradients.dtype, device=rows.device)

@@ -61,7 +61,7 @@ def record_losses(
     queries = Split(used_columns(query_dataset, model) if kept else query_dataset, collator, name="query")
     found_task = task if task is not None else infer_task(model, label_smoothing=trainer.args.label_smoothing_factor)
     recorder = _Recorder(found_task.with_measure("loss"), list(queries.batches()), every)
-    trainer.train_dataset = _Numbered(used_columns(dataset, model) if kept else dataset)
+    trainer.train_dataset = _Numbered(Split(used_columns(dataset, model) if kept else dataset, collator))
     trainer.data_collator = _Noting(collator, recorder)
     trainer.add_callback(recorder)
     try:
@@ -135,14 +135,17 @@ class _Recorder(TrainerCallback):
 class _Numbered(Dataset[tuple[int, Any]]):
     """Rows with their positions."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    def __init__(self, split: Split) -> None:
+        self.split = split
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
-        return index, self.dataset[index]
+        return index, self.split.rows([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
+        return list(zip(indices, self.split.rows(indices), strict=True))
 
 
 class _Noting:
