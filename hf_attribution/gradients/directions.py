@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -47,16 +48,33 @@ def directional_products(
         total=scores.size, desc="gradient products", unit="pairs", unit_scale=True, leave=False, disable=not progress
     ) as bar:
         for block in gradient_blocks(queries):
-            parts = [hold(gradients) for gradients in preconditioner(block)]
-            directions = concatenate(parts) if len(parts) > 1 else parts[0]
-            del parts
-            for batch in train.split.batches():
-                gradients = train.gradients(batch.to(train.gradients.device))
-                found = directions.products(hold(_packed(gradients)))
-                refuse_non_finite(found.T, gradients.indices, "An inner product with the gradient")
-                scores[np.ix_(directions.indices.numpy(), gradients.indices.numpy())] = found.cpu().numpy()
-                bar.update(found.numel())
+            rows = torch.cat([gradients.indices for gradients in block]).numpy()
+            scores[rows] = block_products(preconditioner(block), train, bar)
     return scores
+
+
+def block_products(block: Sequence[Gradients], train: Source, bar: tqdm) -> np.ndarray:
+    """Inner products of directions with the gradients of all training examples, in one pass over these.
+
+    Args:
+        block: q directions, as the parts of a block.
+        train: The training examples' gradients.
+        bar: A progress bar, of pairs.
+
+    Returns:
+        float32 `[q, N]`.
+    """
+    parts = [hold(gradients) for gradients in block]
+    directions = concatenate(parts) if len(parts) > 1 else parts[0]
+    del parts
+    products = np.zeros((len(directions), len(train.split)), dtype=np.float32)
+    for batch in train.split.batches():
+        gradients = train.gradients(batch.to(train.gradients.device))
+        found = directions.products(hold(_packed(gradients)))
+        refuse_non_finite(found.T, gradients.indices, "An inner product with the gradient")
+        products[:, gradients.indices.numpy()] = found.cpu().numpy()
+        bar.update(found.numel())
+    return products
 
 
 def self_products(train: Source, preconditioner: Preconditioner, progress: bool = True) -> np.ndarray:
