@@ -69,4 +69,4 @@ def trainer_checkpoints(output_dir: str | Path) -> list[Checkpoint]:
         before = float(state["base_lrs"][0]) if last_rate is None else last_rate
         weights.append((before + rate) / 2 * (step - last_step))
         last_rate, last_step = rate, step
-    return [Checkpoint(f, weight / last_step) for f, weight in zip(folders, weights, strict=True)]
+    return [Checkpoint(f, weight / last_step, weight) for f, weight in zip(folders, weights, strict=True)]

@@ -14,8 +14,11 @@ import datasets
 import numpy as np
 from torch import nn
 
+from hf_attribution.data import Split, used_columns
 from hf_attribution.errors import MismatchError
-from hf_attribution.methods import Method, RepresentationSimilarity
+from hf_attribution.inputs import evaluating
+from hf_attribution.methods import Method
+from hf_attribution.methods.representations import check_choices, representations
 from hf_attribution.scores import Scores
 from hf_attribution.tasks import infer_task
 from hf_attribution.trainer import AttributionMixin
@@ -74,25 +77,26 @@ def find_mislabeled(
 def find_duplicates(
     trainer: AttributionMixin,
     threshold: float = 0.999,
-    method: str | Method | None = None,
+    layer: str | None = None,
+    pooling: str = "mean",
 ) -> datasets.Dataset:
     """Find training examples that are, to the model, copies of earlier ones.
 
-    Every row is compared with all earlier ones, exactly, in blocks of 4,096 rows, each of which costs a pass over the
-    rows before it. Dropping the rows that are returned leaves one of each.
+    Two examples are as alike as their hidden states: their cosine. These are computed once, and each is compared with
+    all earlier ones, exactly, 4,096 at a time.
 
     Args:
         trainer: Has the model and the data.
         threshold: The least similarity of a copy.
-        method: What compares rows: a method whose scores are cosines. By default `RepresentationSimilarity()`, which
-            sees inputs; `GradCos()` sees inputs and labels.
+        layer: Name of the module whose output is the hidden state; by default what goes into the last linear layer.
+        pooling: How the states of tokens or pixels become one: `"mean"`, `"max"`, `"first"`, `"last"`.
 
     Returns:
         A row for each copy, the most similar first: `train_index`, `duplicate_of` (the earlier row that is most like
         it), `similarity`.
 
     Raises:
-        ValueError: `threshold` is not between -1 and 1, or the method's scores are not cosines.
+        ValueError: `threshold` is not between -1 and 1.
 
     Example:
         >>> copies = find_duplicates(trainer)  # doctest: +SKIP
@@ -101,24 +105,22 @@ def find_duplicates(
     """
     if not -1 < threshold <= 1:
         raise ValueError(f"threshold={threshold}: a cosine lies between -1 and 1; copies have nearly 1.")
-    method = method if method is not None else RepresentationSimilarity()
-    train = cast(datasets.Dataset, trainer.train_dataset)
+    check_choices(pooling, "cosine")
+    model, train, args = cast(nn.Module, trainer.model), cast(datasets.Dataset, trainer.train_dataset), trainer.args
+    kept = used_columns(train, model) if args.remove_unused_columns else train
+    split = Split(kept, trainer.data_collator, args.per_device_eval_batch_size, "train")
+    with evaluating(model):
+        states = nn.functional.normalize(representations(model, infer_task(model), split, layer, pooling))
     found: list[np.ndarray] = []
-    for start in range(0, len(train), BLOCK_SIZE):
-        stop = min(start + BLOCK_SIZE, len(train))
-        scores = trainer.attribute(
-            train.select(range(start, stop)), method=method, train_dataset=train.select(range(stop))
-        )
-        cosines = scores.values.copy()
-        if np.abs(cosines).max() > 1.001:
-            raise ValueError(
-                f"{scores.method} does not compare by cosines: choose RepresentationSimilarity or GradCos."
-            )
+    for start in range(0, len(states), BLOCK_SIZE):
+        stop = min(start + BLOCK_SIZE, len(states))
+        cosines = (states[start:stop] @ states[:stop].T).numpy()
         # Row i of the block is example start + i: only what comes before it counts.
         cosines[np.arange(stop)[None, :] >= np.arange(start, stop)[:, None]] = -np.inf
         nearest = cosines.argmax(axis=1)
         best = cosines[np.arange(stop - start), nearest]
-        copies = np.flatnonzero(best >= threshold)
+        # Of equal rows the cosine is 1 but for rounding.
+        copies = np.flatnonzero(best >= threshold - 1e-6)
         found.append(np.stack([copies + start, nearest[copies], best[copies]], axis=1))
     rows = np.concatenate(found)
     rows = rows[np.argsort(-rows[:, 2], kind="stable")]

@@ -193,35 +193,51 @@ def _check_belong_together(scores: Scores, counterfactuals: Counterfactuals) -> 
         )
 
 
-def _group_counts(
-    counterfactuals: Counterfactuals, train_dataset: datasets.Dataset | None, group_column: str | None
-) -> tuple[np.ndarray | None, str | None]:
-    """Return how many of each group each subset holds, `[M, K]`, and the column of the groups, if any.
+def read_groups(train_dataset: datasets.Dataset | None, column: str, num_examples: int) -> list[Any]:
+    """Read the group of each training example.
+
+    Args:
+        train_dataset: The training data.
+        column: The column that says it.
+        num_examples: N, as the subsets have it.
+
+    Returns:
+        `[N]`.
 
     Raises:
-        MismatchError: The dataset is not the one that was retrained on.
-        ValueError: The column is not there, or does not hold one group a row.
+        ValueError: There is no dataset, the column is not there, or it does not hold one group a row.
     """
     if train_dataset is None:
-        if group_column is not None:
-            raise ValueError(f"group_column='{group_column}' needs the train_dataset that has this column.")
-        return None, None
-    num_examples = counterfactuals.subsets.num_examples
-    if len(train_dataset) != num_examples:
-        raise MismatchError(
-            f"train_dataset has {len(train_dataset)} rows and the subsets are of {num_examples}: "
-            "pass the dataset that was attributed and retrained on."
-        )
-    column = group_column if group_column is not None else _label_column(train_dataset)
-    if column is None:
-        return None, None
+        raise ValueError(f"group_column='{column}' needs the train_dataset that has this column.")
+    _check_rows(train_dataset, num_examples)
     if column not in train_dataset.column_names:
         raise ValueError(f"train_dataset has no column '{column}'; it has {train_dataset.column_names}.")
     groups = train_dataset.with_format(None)[column][:]
     for row, group in enumerate(groups):
         if group is None or isinstance(group, (list, dict)):
             raise ValueError(f"Column '{column}' must hold one group a row; row {row} holds {group!r}.")
-    return counterfactuals.subsets.counts(groups), column
+    return groups
+
+
+def _check_rows(train_dataset: datasets.Dataset, num_examples: int) -> None:
+    if len(train_dataset) != num_examples:
+        raise MismatchError(
+            f"train_dataset has {len(train_dataset)} rows and the subsets are of {num_examples}: "
+            "pass the dataset that was attributed and retrained on."
+        )
+
+
+def _group_counts(
+    counterfactuals: Counterfactuals, train_dataset: datasets.Dataset | None, group_column: str | None
+) -> tuple[np.ndarray | None, str | None]:
+    """Return how many of each group each subset holds, `[M, K]`, and the column of the groups, if any."""
+    num_examples = counterfactuals.subsets.num_examples
+    if group_column is None and train_dataset is not None:
+        _check_rows(train_dataset, num_examples)
+        group_column = _label_column(train_dataset)
+    if group_column is None:
+        return None, None
+    return counterfactuals.subsets.counts(read_groups(train_dataset, group_column, num_examples)), group_column
 
 
 def _label_column(dataset: datasets.Dataset) -> str | None:

@@ -36,10 +36,12 @@ class Checkpoint:
     Args:
         source: The folder, or the model.
         weight: How much it counts in an average over checkpoints.
+        learning_rate_sum: The learning rates of the optimiser steps that it stands for, added up, where known.
     """
 
     source: Path | nn.Module
     weight: float = 1.0
+    learning_rate_sum: float | None = None
 
     @property
     def name(self) -> str:

@@ -265,7 +265,7 @@ def benchmark_datamodel(arguments: Arguments, console: Console) -> None:
     """All LASSO paths together against one scikit-learn `LassoCV` a query (and `celer`, where it is installed)."""
     from sklearn.linear_model import LassoCV
 
-    num_subsets, num_examples, num_queries, num_folds, timed = 2000, 1000, 200, 5, 5
+    num_subsets, num_examples, num_queries, num_folds, timed = 2000, 1000, 200, 5, 3
     rng = np.random.default_rng(0)
     masks = Subsets.random(num_examples, num_subsets).masks
     truth = 0.1 * rng.standard_t(2.5, size=(num_queries, num_examples))

@@ -222,7 +222,7 @@ class Sources:
         candidates: Sequence[Candidate],
     ) -> None:
         self.trainer, self.folder, self.seed = trainer, folder, training_args.seed
-        self.task = trainer_task(workspace, training_args)
+        self.task, self.train = trainer_task(workspace, training_args), workspace.train
         self.most = {
             (kind, direct): max(
                 (c.number for c in candidates if (c.kind, c.is_estimator) == (kind, direct)), default=0
@@ -264,7 +264,8 @@ class Sources:
             num_subsets=self.most["half", True], fraction=FRACTIONS["half"], task=self.task,
             seed=derive_seed(self.seed, "estimation"), output_dir=self.folder / "estimation",
         )  # fmt: skip
-        return estimate(outputs.select(range(candidate.number)), candidate.name, **candidate.settings)
+        fit = outputs.select(range(candidate.number))
+        return estimate(fit, candidate.name, train_dataset=self.train, **candidate.settings)
 
 
 def show(entries: Sequence[Entry], candidates: Sequence[Candidate], title: str, folder: Path) -> None:

@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 from tiny import make_trainer
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
 
-from hf_attribution import AttributionTrainer, GradCos, Scores, debugging
+from hf_attribution import AttributionTrainer, Scores, debugging
 from hf_attribution.debugging import find_duplicates, find_mislabeled, select_subset
 from hf_attribution.errors import MismatchError, UnsupportedError
 
@@ -82,7 +82,7 @@ def test_copies_are_found_whatever_the_blocks(block, tmp_path, monkeypatch):
     found = dict(zip(copies["train_index"][:], copies["duplicate_of"][:], strict=True))
     assert found == {20: 4, 21: 11, 22: 4}
     assert copies["similarity"][:] == pytest.approx([1, 1, 1], abs=1e-5)
-    assert find_duplicates(trainer, threshold=0.99999, method=GradCos()).num_rows >= 3
+    assert set(find_duplicates(trainer, threshold=1)["duplicate_of"][:]) == {4, 11}
     assert find_duplicates(trainer, threshold=-0.999).num_rows == 22
 
 
@@ -97,8 +97,22 @@ def test_what_is_no_cosine_is_refused(tmp_path):
     trainer = make_trainer(AttributionTrainer, tmp_path, trainer_settings={"train_dataset": dataset})
     with pytest.raises(ValueError, match="threshold=2"):
         find_duplicates(trainer, threshold=2)
-    with pytest.raises(ValueError, match="grad_dot does not compare by cosines"):
-        find_duplicates(trainer, method="grad_dot")
+    with pytest.raises(ValueError, match="pooling must be one of"):
+        find_duplicates(trainer, pooling="sum")
+
+
+def test_every_row_goes_through_the_model_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(debugging, "BLOCK_SIZE", 3)
+    dataset, _ = noisy_points(20)
+    trainer = make_trainer(AttributionTrainer, tmp_path, trainer_settings={"train_dataset": dataset})
+    rows = []
+    trainer.model.register_forward_hook(
+        lambda module, args, kwargs, output: rows.append(len(output["logits"])), with_kwargs=True
+    )
+    trainer.model.train()
+    find_duplicates(trainer)
+    assert sum(rows) == 20
+    assert trainer.model.training
 
 
 def test_the_best_rows_of_all_and_of_each_group():

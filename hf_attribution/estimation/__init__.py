@@ -5,10 +5,12 @@ gradients, no model and no data, only trainings, many: what one estimator makes 
 `evaluate_lds` on subsets that were not fitted on (it refuses others).
 """
 
+from __future__ import annotations
+
 import dataclasses
 import difflib
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +24,9 @@ from hf_attribution.estimation.loo import LOO
 from hf_attribution.estimation.shapley import Shapley
 from hf_attribution.estimation.subsampled_influence import SubsampledInfluence
 from hf_attribution.scores import Scores
+
+if TYPE_CHECKING:
+    import datasets
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     estimator.name: estimator for estimator in (Datamodel, SubsampledInfluence, Banzhaf, AME, Shapley, LOO)
@@ -62,6 +67,7 @@ def estimate(
     counterfactuals: Counterfactuals,
     method: str | Estimator = "datamodel",
     held_out: Counterfactuals | None = None,
+    train_dataset: datasets.Dataset | None = None,
     **settings: Any,
 ) -> Scores:
     """Estimate scores from the outputs of retrained models.
@@ -74,6 +80,7 @@ def estimate(
         method: A name in `ESTIMATORS`, or an estimator with settings, `Datamodel(penalty="ridge")`.
         held_out: The outputs that the scores will be judged by, to hear now if they share a subset. (Without it,
             `evaluate_lds` refuses later.)
+        train_dataset: The N training examples, where the estimator asks for a column: `group_column="label"`.
         **settings: Fields of the estimator.
 
     Returns:
@@ -103,7 +110,10 @@ def estimate(
                 "counterfactuals.select(rows)."
             )
     started = time.perf_counter()
-    values, choices = estimator.estimate(counterfactuals)
+    if isinstance(estimator, Datamodel):
+        values, choices = estimator.estimate(counterfactuals, train_dataset)
+    else:
+        values, choices = estimator.estimate(counterfactuals)
     seconds = time.perf_counter() - started
     provenance, protocol = counterfactuals.provenance, counterfactuals.protocol
     known = {"fingerprints": provenance.get("fingerprints"), "measurement": protocol.get("measurement")}

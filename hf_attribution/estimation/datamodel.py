@@ -1,7 +1,9 @@
 """Datamodels: a sparse linear model of retrained outputs in which examples were trained on."""
 
+from __future__ import annotations
+
 import dataclasses
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -14,8 +16,13 @@ from hf_attribution.estimation.base import (
     logger,
     note_constant,
 )
+from hf_attribution.estimation.groups import GroupCounts
 from hf_attribution.estimation.lasso import fit_lasso
 from hf_attribution.estimation.ridge import fit_ridge
+from hf_attribution.evaluation import read_groups
+
+if TYPE_CHECKING:
+    import datasets
 
 PENALTIES = ("lasso", "elastic_net", "ridge")
 
@@ -28,18 +35,25 @@ class Datamodel(Estimator):
     one size leave the scores' common shift to the penalty: they determine differences between examples alone, which
     is what predictions for subsets of that size need.
 
+    With a `group_column` a score is the effect of the example's class (or source), which is not penalised, plus its
+    own, which is. Hundreds of models tell the effects of ten classes well, and those of a thousand examples hardly:
+    a penalty that has to serve both makes the classes' too small.
+
     Args:
         penalty: `"lasso"` (the paper's), `"elastic_net"`, or `"ridge"`, which is often best with fewer subsets than
             examples: the LASSO can give no more examples a score than there are subsets.
         l1_ratio: Share of the LASSO in the elastic net; 1 is the LASSO.
         folds: Of the cross-validation. The ridge leaves out one subset at a time, in closed form.
         num_penalties: Strengths that are tried, from one that makes all scores zero to a thousandth of it.
+        group_column: Column of the training data whose counts in a subset are covariates. `estimate` then needs the
+            `train_dataset`.
     """
 
     penalty: str = "lasso"
     l1_ratio: float = 0.5
     folds: int = 5
     num_penalties: int = 100
+    group_column: str | None = None
 
     name: ClassVar[str] = "datamodel"
     paper: ClassVar[str] = "Ilyas et al. 2022, Datamodels: Predicting predictions from training data"
@@ -56,25 +70,35 @@ class Datamodel(Estimator):
                 f"There must be at least 2 folds and 2 penalties, not {self.folds} and {self.num_penalties}."
             )
 
-    def estimate(self, counterfactuals: Counterfactuals) -> Estimated:
+    def estimate(self, counterfactuals: Counterfactuals, train_dataset: datasets.Dataset | None = None) -> Estimated:
         """Fit one regression a query.
 
         Args:
             counterfactuals: Outputs of models retrained on M subsets of any kind.
+            train_dataset: The N training examples, for their groups.
 
         Returns:
             Values `[Q, N]`; in the choices the `penalties` chosen, `subsets_per_example`, and, where there are any,
             `zero_queries` (the fit found no example worth a score) and `constant_queries`.
         """
         check_memberships(counterfactuals.subsets, self.name)
-        return self.regress(counterfactuals.subsets.masks, counterfactuals.mean())
+        masks, outputs = counterfactuals.subsets.masks, counterfactuals.mean()
+        if self.group_column is None:
+            return self.regress(masks, outputs)
+        groups = read_groups(train_dataset, self.group_column, masks.shape[1])
+        counts = GroupCounts.of(counterfactuals.subsets, groups)
+        # Residuals of all subsets go into the folds: the little that they know of each other is the same for each
+        # penalty. The ridge takes it into account.
+        own, choices = self.regress(counts.residuals(masks), counts.residuals(outputs.T).T, counts.leverage)
+        return Estimated(own + counts.effects(outputs.T - masks @ own.T), choices)
 
-    def regress(self, design: np.ndarray, outputs: np.ndarray) -> Estimated:
+    def regress(self, design: np.ndarray, outputs: np.ndarray, leverage: np.ndarray | None = None) -> Estimated:
         """Fit one regression a query on any design.
 
         Args:
             design: `[M, N]`, a row a subset: its mask, or weights in its place.
             outputs: `[Q, M]`.
+            leverage: `[M]`, of covariates that were regressed out of both; by default of an intercept.
 
         Returns:
             As `estimate`.
@@ -99,7 +123,7 @@ class Datamodel(Estimator):
         penalties = np.full(len(outputs), np.inf)
         if not constant.all():
             if self.penalty == "ridge":
-                ridge = fit_ridge(design, outputs[~constant])
+                ridge = fit_ridge(design, outputs[~constant], leverage)
                 values[~constant], penalties[~constant] = ridge.coefficients, ridge.penalties
             else:
                 ratio = 1.0 if self.penalty == "lasso" else self.l1_ratio

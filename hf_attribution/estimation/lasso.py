@@ -1,23 +1,22 @@
 """LASSO and elastic net of many outputs on one design matrix, the penalty of each chosen by cross-validation.
 
-A datamodel is one LASSO per query, and all queries share the membership masks. A LASSO library solves them one after
-the other; here they advance together, so that an iteration is one matrix product, and neither the products of the
-design with itself nor the passes over it are repeated. On 2 CPU cores, 2,000 subsets x 1,000 examples x 200 queries
-took scikit-learn's `LassoCV` 1.5 s a query and this module 0.1 s (`scripts/benchmark.py --sections datamodel` prints
-the numbers of a machine), with the same folds, grid and coefficients. That is why there is no library here.
+A datamodel is one LASSO per query, and all queries share the membership masks. scikit-learn solves them one after the
+other; here they advance together, so that an iteration is one matrix product, and neither the products of the design
+with itself nor the passes over it are repeated. `scripts/benchmark.py --sections datamodel` measures both, with the
+same folds, grid and coefficients. Where there are few queries, or hardly any rows for the columns, scikit-learn's
+coordinate descent is the faster one, and is used.
 """
 
 import dataclasses
 import math
+import warnings
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hf_attribution.errors import ConvergenceError
-
-# Up to this many columns the products of the design with itself are kept, where they are also the cheaper ones.
-MAX_GRAM = 8192
+from hf_attribution.estimation.proximal import LeastSquares
 
 QUERY_BLOCK = 256
 # The paths serve to choose the penalty alone, and may stop short of their tolerance.
@@ -25,6 +24,9 @@ PATH_ITERATIONS, MAX_ITERATIONS = 1000, 50_000
 
 # Duality gaps, as shares of the outputs' variance: of the paths (scikit-learn's default), and of the final fit.
 PATH_TOLERANCE, FINAL_TOLERANCE = 1e-4, 1e-9
+
+# Below so many queries, and below so many rows for a column, queries are solved one by one. Measured on 2 CPU cores.
+MANY_QUERIES, ROWS_PER_COLUMN = 8, 0.15
 
 # A path ends where its cross-validated error is above its minimum by this share of the error of predicting the mean:
 # what follows are weaker and weaker penalties, which only fit more noise and take longest.
@@ -58,9 +60,8 @@ def fit_lasso(
 
     α is that of outputs divided by their standard deviation, so that it does not depend on their unit.
 
-    Accelerated proximal gradients (Beck & Teboulle 2009) with restarts (O'Donoghue & Candès 2015), all queries
-    together, warm-started along the penalties from the strongest down, until each query's duality gap is small. Row
-    i of the design is held out in fold `i mod num_folds`, so that folds are alike where the rows are sorted.
+    Warm-started along the penalties from the strongest down, until each query's duality gap is small. Row i of the
+    design is held out in fold `i mod num_folds`, so that folds are alike where the rows are sorted.
 
     Args:
         design: `[M, N]`, a row a subset: its mask, or weights in its place.
@@ -83,43 +84,99 @@ def fit_lasso(
         >>> fit_lasso(masks, truth @ masks.T).coefficients.round(1)[0, :4].tolist()
         [3.0, -2.0, 0.0, 0.0]
     """
-    rows = torch.from_numpy(np.asarray(design, dtype=np.float32))
-    targets = torch.from_numpy(np.ascontiguousarray(outputs.T, dtype=np.float64))
+    targets = np.ascontiguousarray(outputs.T, dtype=np.float64)
     targets = targets - targets.mean(0)
-    scale = targets.square().mean(0).sqrt()
+    scale = targets.std(0)
     targets /= scale
+    num_rows, num_columns = design.shape
+    if smallest is None:
+        smallest = 1e-3 if num_rows >= num_columns else 1e-2
+    shares = np.logspace(0, math.log10(smallest), num_penalties)
+    one_by_one = len(outputs) < MANY_QUERIES or num_rows < ROWS_PER_COLUMN * num_columns
+    fit = _fit_one_by_one if one_by_one else _fit_together
+    found = fit(np.asarray(design), targets, l1_ratio, num_folds, shares)
+    return dataclasses.replace(found, coefficients=found.coefficients * scale[:, None])
+
+
+def _fit_together(
+    design: np.ndarray, targets: np.ndarray, ratio: float, num_folds: int, shares: np.ndarray
+) -> LassoFit:
+    rows = torch.from_numpy(np.asarray(design, dtype=np.float32))
+    strengths = torch.from_numpy(shares)
     folds = torch.arange(len(rows)) % num_folds
     # Without scores to speak of the fold problems are solved in single precision, and only the last in double.
-    problems = [_LeastSquares.of(rows, folds != fold) for fold in range(num_folds)]
-    whole = _LeastSquares.of(rows.double(), torch.ones(len(rows), dtype=torch.bool))
-    if smallest is None:
-        smallest = 1e-3 if len(rows) >= rows.shape[1] else 1e-2
-    shares = torch.logspace(0, math.log10(smallest), num_penalties, dtype=torch.float64)
+    problems = [LeastSquares.of(rows, folds != fold) for fold in range(num_folds)]
+    whole = LeastSquares.of(rows.double(), torch.ones(len(rows), dtype=torch.bool))
     coefficients, penalties, indices = [], [], []
-    for block in targets.split(QUERY_BLOCK, dim=1):
-        strongest = whole.linear(block).abs().amax(0) / l1_ratio
-        errors = _path_errors(problems, rows, block.float(), strongest.float(), shares.float(), l1_ratio)
+    for block in torch.from_numpy(targets).split(QUERY_BLOCK, dim=1):
+        strongest = whole.linear(block).abs().amax(0) / ratio
+        errors = _path_errors(problems, rows, block.float(), strongest.float(), strengths.float(), ratio)
         chosen = errors.argmin(0)
-        penalty = strongest * shares[chosen]
+        penalty = strongest * strengths[chosen]
         start = torch.zeros(rows.shape[1], block.shape[1], dtype=torch.float64)
-        found, _, converged = whole.minimize(block, penalty, l1_ratio, start, FINAL_TOLERANCE, MAX_ITERATIONS)
+        found, _, converged = whole.minimize(block, penalty, ratio, start, FINAL_TOLERANCE, MAX_ITERATIONS)
         if not converged:
-            raise ConvergenceError(
-                f"The LASSO did not reach a duality gap of {FINAL_TOLERANCE:.0e} in {MAX_ITERATIONS} iterations: "
-                "retrain on more subsets, or use penalty='ridge'."
-            )
+            raise _not_converged()
         coefficients.append(found)
         penalties.append(penalty)
         indices.append(chosen)
     return LassoFit(
-        (torch.cat(coefficients, 1) * scale).T.contiguous().numpy(),
-        torch.cat(penalties).numpy(),
-        torch.cat(indices).numpy(),
+        torch.cat(coefficients, 1).T.contiguous().numpy(), torch.cat(penalties).numpy(), torch.cat(indices).numpy()
+    )
+
+
+def _fit_one_by_one(
+    design: np.ndarray, targets: np.ndarray, ratio: float, num_folds: int, shares: np.ndarray
+) -> LassoFit:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import enet_path
+
+    rows = np.asfortranarray(design, dtype=np.float64)
+    numbers = np.arange(len(rows))
+    splits = [(numbers[numbers % num_folds != fold], numbers[fold::num_folds]) for fold in range(num_folds)]
+    problems = [_centered(rows[kept]) for kept, _ in splits]
+    whole, _, gram = _centered(rows)
+    strongest = np.abs(whole.T @ targets).max(0) / len(rows) / ratio
+    coefficients, indices = np.empty((targets.shape[1], rows.shape[1])), np.empty(targets.shape[1], dtype=np.int64)
+    with warnings.catch_warnings():
+        # Paths may stop short of their tolerance, and the final fit is checked below.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for query, target in enumerate(targets.T):
+            errors = np.zeros(len(shares))
+            for (kept, held), (centered, mean, products) in zip(splits, problems, strict=True):
+                own, grid = target[kept] - target[kept].mean(), strongest[query] * shares
+                path = enet_path(
+                    centered, own, l1_ratio=ratio, alphas=grid, precompute=products, tol=PATH_TOLERANCE,
+                    max_iter=PATH_ITERATIONS,
+                )[1]  # fmt: skip
+                errors += np.square(target[held, None] - target[kept].mean() - (rows[held] - mean) @ path).sum(0)
+            indices[query] = errors.argmin()
+            _, found, gaps = enet_path(
+                whole, target, l1_ratio=ratio, alphas=strongest[query] * shares[errors.argmin()][None],
+                precompute=gram, tol=FINAL_TOLERANCE, max_iter=MAX_ITERATIONS,
+            )  # fmt: skip
+            if gaps[0] > FINAL_TOLERANCE * len(rows):
+                raise _not_converged()
+            coefficients[query] = found[:, 0]
+    return LassoFit(coefficients, strongest * shares[indices], indices)
+
+
+def _centered(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | bool]:
+    """Centered rows, their mean, and their products where those are smaller."""
+    mean = rows.mean(0)
+    centered = np.asfortranarray(rows - mean)
+    return centered, mean, centered.T @ centered if len(rows) > rows.shape[1] else False
+
+
+def _not_converged() -> ConvergenceError:
+    return ConvergenceError(
+        f"The LASSO did not reach a duality gap of {FINAL_TOLERANCE:.0e} in {MAX_ITERATIONS} iterations: "
+        "retrain on more subsets, or use penalty='ridge'."
     )
 
 
 def _path_errors(
-    problems: list["_LeastSquares"], rows: Tensor, targets: Tensor, strongest: Tensor, shares: Tensor, ratio: float
+    problems: list["LeastSquares"], rows: Tensor, targets: Tensor, strongest: Tensor, shares: Tensor, ratio: float
 ) -> Tensor:
     """Cross-validated mean squared errors `[K, Q]`; infinite where the path was not followed."""
     errors = torch.full((len(shares), targets.shape[1]), torch.inf)
@@ -141,112 +198,3 @@ def _path_errors(
             break
         going, states = going[on], [state[:, on] for state in states]
     return errors
-
-
-@dataclasses.dataclass(frozen=True)
-class _LeastSquares:
-    """Squared errors of some rows of a design, with a free intercept.
-
-    The rows are never copied: those left out count as zeros. Where the design is wider than it is high, or very wide,
-    nothing of the size `[N, N]` is formed either.
-    """
-
-    rows: Tensor
-    kept: Tensor
-    mean: Tensor
-    gram: Tensor | None
-    lipschitz: float
-
-    @classmethod
-    def of(cls, rows: Tensor, kept: Tensor) -> "_LeastSquares":
-        weights = kept.to(rows.dtype)
-        mean = weights @ rows / weights.sum()
-        gram = None
-        if rows.shape[1] <= min(2 * len(rows), MAX_GRAM):
-            centered = (rows - mean) * weights[:, None]
-            gram = centered.T @ centered / weights.sum()
-        problem = cls(rows, kept, mean, gram, 0.0)
-        return dataclasses.replace(problem, lipschitz=problem._largest_eigenvalue())
-
-    def products(self, coefficients: Tensor) -> Tensor:
-        """`XᵀX w / M` of the centered rows, `[N, Q]`."""
-        if self.gram is not None:
-            return self.gram @ coefficients
-        return self._transposed(self.rows @ coefficients - self.mean @ coefficients)
-
-    def linear(self, targets: Tensor) -> Tensor:
-        """`Xᵀy / M` of the centered rows and targets, `[N, Q]`."""
-        return self._transposed(targets - targets[self.kept].mean(0))
-
-    def _transposed(self, residuals: Tensor) -> Tensor:
-        # Residuals of the rows that count add up to zero, so that the rows need not be centered.
-        return self.rows.T @ (residuals * self.kept[:, None]) / self.kept.sum()
-
-    def _largest_eigenvalue(self) -> float:
-        vector = torch.randn(len(self.mean), 1, generator=torch.Generator().manual_seed(0)).to(self.mean.dtype)
-        norm = vector.norm()
-        for _ in range(50):
-            vector = self.products(vector / norm)
-            norm = vector.norm()
-        return 1.05 * float(norm)  # power iteration comes from below
-
-    def minimize(
-        self, targets: Tensor, penalty: Tensor, ratio: float, start: Tensor, tolerance: float, max_iterations: int
-    ) -> tuple[Tensor, Tensor, bool]:
-        """Minimize for one penalty a query. Queries that have converged leave the iteration.
-
-        Returns:
-            Coefficients `[N, Q]`, intercepts `[Q]`, and whether all queries have converged.
-        """
-        result = start.clone()
-        linear, energy = self.linear(targets), _variance(targets[self.kept])
-        lasso, ridge = penalty * ratio, penalty * (1 - ratio)
-        going = torch.arange(targets.shape[1])
-        current, product = start, self.products(start)
-        ahead, ahead_product, momentum = current, product, 1.0
-        size = 1 / self.lipschitz
-        for iteration in range(max_iterations + 1):
-            if iteration % 4 == 0:
-                gap = _duality_gap(current, product, linear, energy, lasso, ridge)
-                open_ = gap > tolerance * energy
-                if iteration == max_iterations or open_.float().mean() <= 0.7:
-                    result[:, going] = current
-                    if iteration == max_iterations or not open_.any():
-                        break
-                    current, product, ahead, ahead_product, linear = (
-                        each[:, open_] for each in (current, product, ahead, ahead_product, linear)
-                    )
-                    energy, lasso, ridge, going = (each[open_] for each in (energy, lasso, ridge, going))
-            moved = ahead + size * (linear - ahead_product)
-            new = torch.sign(moved) * (moved.abs() - size * lasso).clamp(min=0) / (1 + size * ridge)
-            new_product = self.products(new)
-            following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-            uphill = ((ahead - new) * (new - current)).sum(0) > 0  # restart: momentum points the wrong way
-            inertia = torch.where(uphill, 0.0, (momentum - 1) / following)
-            ahead = new + inertia * (new - current)
-            ahead_product = new_product + inertia * (new_product - product)
-            current, product, momentum = new, new_product, following
-        return result, targets[self.kept].mean(0) - self.mean @ result, not bool(open_.any())
-
-
-def _variance(targets: Tensor) -> Tensor:
-    return (targets - targets.mean(0)).square().mean(0)
-
-
-def _duality_gap(
-    coefficients: Tensor, product: Tensor, linear: Tensor, energy: Tensor, lasso: Tensor, ridge: Tensor
-) -> Tensor:
-    """How far each query's objective is from its minimum at most.
-
-    The elastic net is the LASSO of a design with √(M ridge) times the identity below it.
-
-    Returns:
-        `[Q]`.
-    """
-    fitted = (linear * coefficients).sum(0)
-    squares = ridge * coefficients.square().sum(0)
-    residual = energy - 2 * fitted + (coefficients * product).sum(0) + squares
-    correlation = (linear - product - ridge * coefficients).abs().amax(0)
-    scale = (lasso / correlation.clamp(min=torch.finfo(correlation.dtype).tiny)).clamp(max=1)
-    dual = scale * (energy - fitted) - scale.square() * residual / 2
-    return residual / 2 + lasso * coefficients.abs().sum(0) - dual

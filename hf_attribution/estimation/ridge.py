@@ -22,7 +22,7 @@ class RidgeFit:
     penalties: np.ndarray
 
 
-def fit_ridge(design: np.ndarray, outputs: np.ndarray) -> RidgeFit:
+def fit_ridge(design: np.ndarray, outputs: np.ndarray, leverage: np.ndarray | None = None) -> RidgeFit:
     """Fit `|y - b - X w|² + λ |w|²` for each query, b free, λ by the error of leaving one row out.
 
     One eigendecomposition, of the smaller of `XᵀX` and `XXᵀ`, serves all penalties and queries; the error of leaving
@@ -31,6 +31,7 @@ def fit_ridge(design: np.ndarray, outputs: np.ndarray) -> RidgeFit:
     Args:
         design: `[M, N]`, a row a subset.
         outputs: `[Q, M]`.
+        leverage: `[M]`, of covariates, the intercept among them, that were regressed out of both; by default 1/M.
 
     Returns:
         The fits.
@@ -45,14 +46,15 @@ def fit_ridge(design: np.ndarray, outputs: np.ndarray) -> RidgeFit:
     rows = rows - rows.mean(0)
     targets = outputs.T - outputs.mean(1)
     left, squares = _left_singular(rows)
+    fixed = 1 / len(rows) if leverage is None else leverage
     penalties = PENALTIES * (squares.sum() / len(rows))
     rotated = left.T @ targets
     errors = np.empty((len(penalties), targets.shape[1]))
     for number, penalty in enumerate(penalties):
         shrinkage = squares / (squares + penalty)
-        leverage = 1 / len(rows) + left**2 @ shrinkage
+        own = fixed + left**2 @ shrinkage
         residuals = targets - left @ (shrinkage[:, None] * rotated)
-        errors[number] = np.mean((residuals / (1 - leverage)[:, None]) ** 2, axis=0)
+        errors[number] = np.mean((residuals / (1 - own)[:, None]) ** 2, axis=0)
     chosen = penalties[errors.argmin(0)]
     coefficients = rows.T @ (left @ (rotated / (squares[:, None] + chosen)))
     return RidgeFit(coefficients.T, chosen)

@@ -49,15 +49,23 @@ def directional_products(
         total=scores.size, desc="gradient products", unit="pairs", unit_scale=True, leave=False, disable=not progress
     ) as bar:
         for directions in _directions(queries, preconditioner, rank):
-            for batch in train.split.batches():
-                gradients = _packed(train.gradients(batch.to(train.gradients.device)))
-                found = directions.products(hold(gradients))
-                gradients.terms.clear()  # before the next batch needs memory for its own
-                refuse_non_finite(found.T, gradients.indices, "An inner product with the gradient")
-                scores[np.ix_(directions.indices.numpy(), gradients.indices.numpy())] = found.cpu().numpy()
-                bar.update(found.numel())
+            scores[directions.indices.numpy()] = _products(directions, train, bar)
             del directions  # before the next ones are made
     return scores
+
+
+def block_products(block: Sequence[Gradients], train: Source, bar: tqdm) -> np.ndarray:
+    """Inner products of directions with the gradients of all training examples, in one pass over these.
+
+    Args:
+        block: q directions, as the parts of a block.
+        train: The training examples' gradients.
+        bar: A progress bar, of pairs.
+
+    Returns:
+        float32 `[q, N]`.
+    """
+    return _products(_joined([hold(gradients) for gradients in block]), train, bar)
 
 
 def self_products(train: Source, preconditioner: Preconditioner, progress: bool = True) -> np.ndarray:
@@ -119,6 +127,18 @@ def _directions(queries: Source, preconditioner: Preconditioner, rank: int | Non
             yield _joined(parts)
     if parts:
         yield _joined(parts)
+
+
+def _products(directions: Held, train: Source, bar: tqdm) -> np.ndarray:
+    found = np.zeros((len(directions), len(train.split)), dtype=np.float32)
+    for batch in train.split.batches():
+        gradients = _packed(train.gradients(batch.to(train.gradients.device)))
+        values = directions.products(hold(gradients))
+        gradients.terms.clear()  # before the next batch needs memory for its own
+        refuse_non_finite(values.T, gradients.indices, "An inner product with the gradient")
+        found[:, gradients.indices.numpy()] = values.cpu().numpy()
+        bar.update(values.numel())
+    return found
 
 
 def _joined(parts: list[Held]) -> Held:

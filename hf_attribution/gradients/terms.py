@@ -137,6 +137,15 @@ def take(term: Term, where: slice) -> Term:
     return Lookup(term.ids[where], term.right[where], term.rows)
 
 
+def times(term: Term, factor: float) -> Term:
+    """The same gradients, each multiplied by a number."""
+    if isinstance(term, Dense):
+        return Dense(term.values * factor)
+    if isinstance(term, Outer):
+        return Outer(term.left * factor, term.right)
+    return Lookup(term.ids, term.right * factor, term.rows)
+
+
 def packed(term: Term) -> Term:
     """The same gradients without positions that add nothing: padding, and what the value does not depend on."""
     if isinstance(term, Dense):

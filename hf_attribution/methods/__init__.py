@@ -20,6 +20,7 @@ from hf_attribution.methods.random import Random
 from hf_attribution.methods.representation_similarity import RepresentationSimilarity
 from hf_attribution.methods.representer import Representer
 from hf_attribution.methods.smoothed_unroll import SmoothedUnroll
+from hf_attribution.methods.source import Source
 from hf_attribution.methods.tracin import TracIn
 from hf_attribution.methods.trackstar import TrackStar
 from hf_attribution.methods.trak import Trak
@@ -46,6 +47,7 @@ METHODS: dict[str, type[Method]] = _Methods(
             GradDot,
             GradCos,
             TracIn,
+            Source,
             Trak,
             LoGra,
             TrackStar,
@@ -109,6 +111,7 @@ __all__ = [
     "Representer",
     "Scored",
     "SmoothedUnroll",
+    "Source",
     "TracIn",
     "TrackStar",
     "Trak",

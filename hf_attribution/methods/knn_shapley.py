@@ -49,7 +49,7 @@ class KNNShapley(Method):
 
         def one_model(model: nn.Module, number: int) -> np.ndarray:
             query, train = (
-                representations(model, problem, split, self.layer, self.pooling)
+                representations(model, problem.task, split, self.layer, self.pooling)
                 for split in (problem.query, problem.train)
             )
             return knn_shapley_scores(query, train, query_labels, train_labels, self.k, self.similarity)

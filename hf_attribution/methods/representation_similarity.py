@@ -39,7 +39,7 @@ class RepresentationSimilarity(Method):
 
         def one_model(model: nn.Module, number: int) -> np.ndarray:
             query, train = (
-                representations(model, problem, split, self.layer, self.pooling)
+                representations(model, problem.task, split, self.layer, self.pooling)
                 for split in (problem.query, problem.train)
             )
             return compare(query, train).numpy()

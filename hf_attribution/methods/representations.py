@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from hf_attribution.data import Split
 from hf_attribution.errors import NonFiniteError
 from hf_attribution.gradients.rules import output_tensors
-from hf_attribution.problem import Problem
+from hf_attribution.tasks import Task
 
 POOLINGS = ("mean", "first", "last", "max")
 
 
-def representations(model: nn.Module, problem: Problem, split: Split, layer: str | None, pooling: str) -> Tensor:
+def representations(model: nn.Module, task: Task, split: Split, layer: str | None, pooling: str) -> Tensor:
     """Hidden states of every row of a split.
 
     Args:
         model: The model, in `eval()` mode.
-        problem: Has the task.
+        task: Runs the model.
         split: The rows.
         layer: Name of the module whose output is taken; by default the input of the last linear layer that runs.
         pooling: One of `POOLINGS`, over the positions of a sequence that are no padding, or the pixels of an image.
@@ -32,10 +32,10 @@ def representations(model: nn.Module, problem: Problem, split: Split, layer: str
         NonFiniteError: If a hidden state is NaN or infinite; the message names the row.
         ValueError: If there is no such module, no linear layer ran, or the states cannot be pooled so.
     """
-    states = torch.empty(0)
+    states, device = torch.empty(0), next(model.parameters()).device
     for batch in split.batches():
-        inputs = batch.to(problem.device).inputs
-        seen = _capture(model, layer, functools.partial(problem.task.forward, model, inputs))
+        inputs = batch.to(device).inputs
+        seen = _capture(model, layer, functools.partial(task.forward, model, inputs))
         pooled = _pool(seen, inputs, pooling).float().cpu()
         finite = pooled.isfinite().all(1)
         if not finite.all():

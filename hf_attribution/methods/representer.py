@@ -53,7 +53,9 @@ class Representer(Method):
 
         def one_model(model: nn.Module, number: int) -> np.ndarray:
             query, train = (
-                nn.functional.pad(representations(model, problem, split, None, "mean").double(), (0, 1), value=1.0)
+                nn.functional.pad(
+                    representations(model, problem.task, split, None, "mean").double(), (0, 1), value=1.0
+                )
                 for split in (problem.query, problem.train)
             )
             weights = fit_last_layer(train, targets, num_classes, self.l2)
