@@ -63,8 +63,9 @@ def read_optimizer_state(folder: Path, model: nn.Module) -> OptimizerState:
 
 
 def _scale(state: Mapping[str, Any] | None, group: Mapping[str, Any], parameter: Tensor, what: str) -> Tensor:
+    dtype = torch.promote_types(torch.float32, parameter.dtype)
     if state is None:  # it never had a gradient
-        return torch.full_like(parameter, 1 / group["eps"], requires_grad=False)
+        return torch.full(parameter.shape, 1 / group["eps"], dtype=dtype, device=parameter.device)
     moments = state.get("max_exp_avg_sq", state["exp_avg_sq"])
     if moments.shape != parameter.shape:
         raise MismatchError(
@@ -72,7 +73,7 @@ def _scale(state: Mapping[str, Any] | None, group: Mapping[str, Any], parameter:
             "optimiser's parameters are not in the Trainer's order, or not those that are trainable now."
         )
     corrected = moments.double() / (1 - group["betas"][1] ** float(state["step"]))
-    return (1 / (corrected.sqrt() + group["eps"])).to(parameter)
+    return (1 / (corrected.sqrt() + group["eps"])).to(parameter.device, dtype)
 
 
 def _names(model: nn.Module, groups: Sequence[Mapping[str, Any]], path: Path) -> list[list[str]]:

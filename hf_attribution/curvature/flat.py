@@ -78,7 +78,7 @@ def fit_flat(rows: CurvatureRows) -> BlockSpectrum:
             total.addmm_(vectors.T, vectors)
     _refuse_non_finite(total, rows)
     values, vectors = torch.linalg.eigh(total)
-    basis = vectors.to(next(iter(rows.gradients[0].parameters.values())).dtype)
+    basis = vectors.to(rows.gradients[0].dtype)
     return BlockSpectrum(block, Side(1), Side(size, (basis,)), values.clamp(min=0)[None].to(basis))
 
 
