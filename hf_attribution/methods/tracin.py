@@ -56,7 +56,7 @@ class TracIn(GradientMethod):
             if scales is None:
                 return problem.products(model, self.modules_of(model), self.dim, self.seed)
             queries, train = problem.sources(model, self.modules_of(model))
-            return directional_products(queries, train, scales[number], problem.progress)
+            return directional_products(queries, train, scales[number], progress=problem.progress)
 
         return Scored(len(problem.checkpoints) * problem.average(one), self._choices(problem))
 
