@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import default_data_collator
+from transformers.utils import logging
 from typing_extensions import Unpack
 
 from hf_attribution.checkpoints import as_checkpoint
@@ -24,6 +26,8 @@ from hf_attribution.problem import Checkpoint, Problem
 from hf_attribution.replay.run import RecordedRun
 from hf_attribution.scores import Scores
 from hf_attribution.tasks import Task, infer_task
+
+logger = logging.get_logger(__name__)
 
 
 class Setup(TypedDict, total=False):
@@ -96,6 +100,8 @@ def attribute(
     ) as (problem, used_subsets):  # fmt: skip
         problem = dataclasses.replace(problem, run=run, train_masked=train_masked)
         scored = chosen.score(problem)
+        if scored.choices:
+            logger.info(f"{chosen.name} chose {json.dumps(scored.choices, default=str)}")
         values = np.asarray(scored.values, dtype=np.float32)
         _check_values(values, chosen.shape(problem), chosen.name)
         provenance = _provenance(problem, used_subsets, scored, started)
