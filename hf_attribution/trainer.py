@@ -253,7 +253,8 @@ class AttributionMixin(RecordedTraining):
             seeds: R, trainings per subset.
             protocol: `"resampled"` trains on the subset alone, each run with weights (given `model_init`), order and
                 dropout of its own. `"fixed"` repeats one and the same training per seed, in which the examples left
-                out keep their place in the batches and get weight 0.
+                out keep their place in the batches and get weight 0; `"masked"` does so with a training of its own for
+                every run.
             output_dir: Where results are kept. By default a folder in `args.output_dir` named after everything that
                 decides the result.
             subsets: The subsets, for example `Subsets.stratified(...)`, instead of drawing them.
