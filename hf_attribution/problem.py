@@ -168,9 +168,8 @@ class Problem:
                 self.features(model, self.task.gains, self.train, projection, modules),
                 normalize,
             )
-        queries = self.gradients(model, self.task.measurement, self.query, modules)
-        train = self.gradients(model, self.task.gains, self.train, modules)
-        return gradient_products(queries, self.query, train, self.train, normalize, self.progress)
+        queries, train = self.sources(model, modules)
+        return gradient_products(queries, train, normalize, self.progress)
 
     def sources(self, model: nn.Module, modules: Sequence[str] | None = None) -> tuple[Source, Source]:
         """The gradients of the queries' measurements, and of what training on the examples raises."""

@@ -100,10 +100,7 @@ class GaussNewtonKernel:
     def scores(self) -> np.ndarray:
         """`u (H + λI)⁻¹ g`: float32 `[Q, N]`."""
         assert self._queries is not None
-        queries, gains = self._queries, self._gains
-        products = gradient_products(
-            queries.gradients, queries.split, gains.gradients, gains.split, progress=self._progress
-        )
+        products = gradient_products(self._queries, self._gains, progress=self._progress)
         explained = self._damped.solve(self._query_cross[0]) @ self._gain_cross.T.double()
         return self._divided(torch.from_numpy(products) - explained)
 

@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_attribution.data import Split
 from hf_attribution.gradients.checks import refuse_non_finite
 from hf_attribution.gradients.features import FeatureStore
 from hf_attribution.gradients.held import Held, Source, concatenate
-from hf_attribution.gradients.per_example import PerExampleGradients
 
 # Bytes that the gradients of a block of rows may take; all other data are read once per block.
 BLOCK_BYTES = 2**30
@@ -20,37 +18,28 @@ BLOCK_BYTES = 2**30
 TILE_BYTES = 2**26
 
 
-def gradient_products(
-    queries: PerExampleGradients,
-    query_split: Split,
-    train: PerExampleGradients,
-    train_split: Split,
-    normalize: bool = False,
-    progress: bool = True,
-) -> np.ndarray:
+def gradient_products(queries: Source, train: Source, normalize: bool = False, progress: bool = True) -> np.ndarray:
     """Exact inner products of the gradients of all queries with those of all training examples.
 
     Queries are taken in blocks that fit in memory, and the training data are read once per block.
 
     Args:
-        queries: What computes the queries' gradients.
-        query_split: The queries.
-        train: What computes the training examples' gradients.
-        train_split: The training examples.
+        queries: The queries' gradients.
+        train: The training examples' gradients, with respect to the same parameters.
         normalize: Whether to take cosines.
         progress: Whether to show a progress bar.
 
     Returns:
         float32 `[Q, N]`. A cosine with a zero gradient is 0.
     """
-    scores = np.zeros((len(query_split), len(train_split)), dtype=np.float32)
-    stream = Source(queries, query_split).batches()
+    scores = np.zeros((len(queries.split), len(train.split)), dtype=np.float32)
+    stream = queries.batches()
     with tqdm(
         total=scores.size, desc="gradient products", unit="pairs", unit_scale=True, leave=False, disable=not progress
     ) as bar:
         while block := _take_block(stream):
             norms = [tile.norms() if normalize else None for tile in block]
-            for batch in Source(train, train_split).batches():
+            for batch in train.batches():
                 batch_norms = batch.norms() if normalize else None
                 for tile, lengths in zip(block, norms, strict=True):
                     products = tile.products(batch)

@@ -37,6 +37,15 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
+def put_flat(model: nn.Module, names: Sequence[str], values: Tensor) -> None:
+    """Copy flat parameters `[P]` into a model's parameters of these names, one after the other."""
+    named = dict(model.named_parameters())
+    sizes = [named[name].numel() for name in names]
+    with torch.no_grad():
+        for name, part in zip(names, values.split(sizes), strict=True):
+            named[name].copy_(part.view_as(named[name]))
+
+
 def flat_moments(
     optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], names: Sequence[str]
 ) -> list[Tensor]:

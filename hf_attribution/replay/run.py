@@ -15,7 +15,7 @@ from hf_attribution.data import Split
 from hf_attribution.errors import MismatchError, UnsupportedError
 from hf_attribution.numbered import ROW, STATE
 from hf_attribution.replay.optimizers import OPTIMIZERS, State
-from hf_attribution.replay.parameters import checksum, flat, flat_moments, frozen_checksum, trainable
+from hf_attribution.replay.parameters import checksum, flat, flat_moments, frozen_checksum, put_flat, trainable
 from hf_attribution.replay.recording import Recording, Step
 from hf_attribution.replay.training import training_split
 from hf_attribution.seeds import RandomState
@@ -109,11 +109,8 @@ class RecordedRun:
 
     def final_model(self) -> nn.Module:
         """The model at the end of the recorded run."""
-        model, recording = self.model_copy(), self.recording
-        named, parameters = trainable(model), recording.state(len(recording))[0]
-        sizes = [named[name].numel() for name in recording.names]
-        for name, part in zip(recording.names, parameters.split(sizes), strict=True):
-            named[name].data.copy_(part.view_as(named[name]))
+        model = self.model_copy()
+        put_flat(model, self.recording.names, self.recording.state(len(self.recording))[0])
         return model
 
     @property

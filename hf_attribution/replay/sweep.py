@@ -17,6 +17,7 @@ from accelerate.utils import get_max_memory
 from torch import Tensor, nn
 
 from hf_attribution.errors import NonFiniteError
+from hf_attribution.replay.parameters import put_flat
 from hf_attribution.replay.products import FlatModel, Product, in_chunks
 from hf_attribution.replay.run import RecordedRun, Replay, random_state_kept
 from hf_attribution.replay.storage import backward_in_time
@@ -93,10 +94,7 @@ class Differentiable:
 
     def load(self, model: nn.Module, parameters: Tensor) -> nn.Module:
         """Put flat parameters `[P]` into a model of the run's architecture."""
-        named, sizes = dict(model.named_parameters()), self.flat.sizes
-        with torch.no_grad():
-            for name, part in zip(self.flat.names, parameters.split(sizes), strict=True):
-                named[name].copy_(part.view_as(named[name]))
+        put_flat(model, self.flat.names, parameters)
         return model
 
     def fitting_block(self) -> int:
