@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from hf_attribution.errors import MismatchError, UnsupportedError
 from hf_attribution.inputs import forward_arguments
@@ -183,6 +184,11 @@ class Split:
     def _drawn(self, index: int, seed: int | None = None) -> dict[str, Any]:
         with seeded(derive_seed(self.seed, index) if seed is None else seed):
             return dict(self.collator(self.rows([index])))
+
+
+def select_rows(dataset: Any, indices: np.ndarray) -> Any:
+    """Rows of any map-style dataset, as one."""
+    return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices.tolist())
 
 
 def used_columns(dataset: Any, model: nn.Module) -> Any:

@@ -31,6 +31,15 @@ class NumberedRows(Dataset[dict[str, Any]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        return self.numbered(indices)
+
+    @property
+    def sampled(self) -> Any:
+        """What a sampler draws its positions from."""
+        return self.dataset
+
+    def numbered(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Rows by their positions in the dataset."""
         state = RandomState.now().packed() if self.note_random_state else None
         many = getattr(self.dataset, "__getitems__", None)
         rows = many(indices) if many is not None else [self.dataset[index] for index in indices]

@@ -12,7 +12,7 @@ from transformers import Trainer
 from hf_attribution.attribution import attribute, attribute_parts, self_influence
 from hf_attribution.checkpoints import trainer_checkpoints
 from hf_attribution.counterfactuals import Counterfactuals, Subsets
-from hf_attribution.data import Split
+from hf_attribution.data import Split, select_rows
 from hf_attribution.ensemble import Ensemble
 from hf_attribution.errors import UnsupportedError
 from hf_attribution.methods import Method, get_method
@@ -21,7 +21,6 @@ from hf_attribution.replay.run import RecordedRun
 from hf_attribution.replay.training import RecordedTraining
 from hf_attribution.retraining import FollowUp, Recipe, Request, make_plan, run_plan
 from hf_attribution.retraining.recipe import copied, given
-from hf_attribution.retraining.runs import select_rows
 from hf_attribution.scores import Scores
 from hf_attribution.seeds import derive_seed
 from hf_attribution.tasks import Task, infer_task
@@ -253,8 +252,8 @@ class AttributionMixin(RecordedTraining):
             seeds: R, trainings per subset.
             protocol: `"resampled"` trains on the subset alone, each run with weights (given `model_init`), order and
                 dropout of its own. `"fixed"` repeats one and the same training per seed, in which the examples left
-                out keep their place in the batches and get weight 0; `"masked"` does so with a training of its own for
-                every run.
+                out keep their place in the batches and get weight 0. `"masked"` trains as `"resampled"` does, with
+                the examples left out in the same batches at weight 0, as `SmoothedUnroll` needs them.
             output_dir: Where results are kept. By default a folder in `args.output_dir` named after everything that
                 decides the result.
             subsets: The subsets, for example `Subsets.stratified(...)`, instead of drawing them.

@@ -18,10 +18,11 @@ from hf_attribution.counterfactuals import Counterfactuals, Subsets
 from hf_attribution.errors import ArtefactError, MismatchError, UnsupportedError
 from hf_attribution.evaluation import evaluate_lds
 from hf_attribution.methods import SmoothedUnroll, Unroll
+from hf_attribution.numbered import ROW
 from hf_attribution.replay import recorder
 from hf_attribution.replay.recording import Recording
 from hf_attribution.replay.run import RecordedRun, Replay
-from hf_attribution.retraining.weighted import give_weights, weighted_class
+from hf_attribution.retraining.weighted import SubsetWithPassengers, give_weights, weighted_class
 from hf_attribution.seeds import derive_seed
 from hf_attribution.tasks import Classification
 from hf_attribution.trainer import AttributionTrainer
@@ -431,6 +432,21 @@ def test_masks_alone_are_derivatives_of_the_fixed_training(tmp_path):
     for number, row in enumerate(np.flatnonzero(mask)[:3], 1):
         actual = (outputs[0] - outputs[number]).numpy()
         assert np.linalg.norm(actual - scores.values[:, row]) < 0.05 * np.linalg.norm(actual)
+
+
+def test_masked_runs_train_like_retrainings_on_their_subsets(tmp_path):
+    """Passengers of weight 0 change no weight, and every one of them is in a batch once an epoch."""
+    trainer = make_trainer(AttributionTrainer, tmp_path, model_settings={"hidden": 4}, gradient_accumulation_steps=2)
+    subsets = Subsets.random(24, 3, 0.5, seed=5)
+    runs = {
+        protocol: trainer.retrain(points(7, seed=1), protocol=protocol, subsets=subsets, seed=3)
+        for protocol in ("resampled", "masked")
+    }
+    assert np.allclose(runs["masked"].outputs, runs["resampled"].outputs, atol=1e-5)
+    for fraction in (0.2, 0.7):
+        rows = SubsetWithPassengers(points(), Subsets.random(24, 1, fraction, seed=5).masks[0], seed=0)
+        batches = [rows.__getitems__(range(len(rows))[start:][:4]) for start in range(0, len(rows), 4)]
+        assert sorted(row[ROW] for batch in batches for row in batch) == list(range(24))
 
 
 def test_smoothed_settings():

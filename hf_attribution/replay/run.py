@@ -232,7 +232,7 @@ class Replay:
     def _collated(self, step: int) -> list[dict[str, Any]]:
         """The micro-batches of a step as the Trainer got them."""
         batches = []
-        many = getattr(self._dataset, "__getitems__", None)
+        many = getattr(self._dataset, "numbered", None) or getattr(self._dataset, "__getitems__", None)
         for batch in self.recording.step(step).batches:
             with random_state_kept():
                 if batch.drawn is not None:

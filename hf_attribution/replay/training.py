@@ -69,7 +69,7 @@ class RecordedTraining(_Base):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The Trainer's sampler, made from the user's own dataset: it may ask for a column of lengths."""
         if self._recorder is not None and isinstance(train_dataset, NumberedRows):
-            train_dataset = train_dataset.dataset
+            train_dataset = train_dataset.sampled
         return super()._get_train_sampler(train_dataset)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

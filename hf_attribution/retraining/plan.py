@@ -45,7 +45,7 @@ class Request:
         query_dataset: The queries, preprocessed: Q rows.
         subsets: What to train on.
         seeds: R, trainings per subset.
-        protocol: `"resampled"` or `"fixed"`, or `"masked"`, as `"fixed"` but with a seed of its own for every run.
+        protocol: `"resampled"`, `"fixed"`, or `"masked"`: as `"resampled"`, the other examples along at weight 0.
         task: What is measured, and with `"fixed"` trained on.
         task_given: Whether the user named the task.
         seed: Base of all seeds.

@@ -11,19 +11,19 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from hf_attribution.counterfactuals import Counterfactuals
+from hf_attribution.data import select_rows
 from hf_attribution.retraining.arguments import run_arguments
 from hf_attribution.retraining.measuring import measured
 from hf_attribution.retraining.plan import Plan
-from hf_attribution.retraining.weighted import give_weights, weighted_class
+from hf_attribution.retraining.weighted import carry_examples, give_weights, weighted_class
 from hf_attribution.retraining.worklist import Run
-from hf_attribution.seeds import seeded
+from hf_attribution.seeds import derive_seed, seeded
 
 logger = logging.get_logger(__name__)
 
@@ -123,17 +123,15 @@ def _build(plan: Plan, run: Run, args: TrainingArguments) -> Trainer:
     subsets, dataset = plan.request.subsets, plan.trainer.train_dataset
     if plan.request.protocol == "resampled":
         return plan.recipe.build(args, select_rows(dataset, subsets.indices(run.subset)))
-    trainer = plan.recipe.build(args, dataset, weighted_class(plan.recipe.trainer_class))
-    give_weights(trainer, torch.from_numpy(subsets.masks[run.subset].astype(np.float32)), plan.request.task)
+    trainer: Any = plan.recipe.build(args, dataset, weighted_class(plan.recipe.trainer_class))
     if plan.request.follow_up is not None:
-        recorded: Any = trainer
-        recorded.recording_dir = plan.worklist.scratch(run) / "recording"
+        trainer.recording_dir = plan.worklist.scratch(run) / "recording"
+    mask, task = subsets.masks[run.subset], plan.request.task
+    if plan.request.protocol == "fixed":
+        give_weights(trainer, torch.from_numpy(mask.astype(np.float32)), task)
+    else:
+        carry_examples(trainer, mask, task, derive_seed(plan.seed(run), "passengers"))
     return trainer
-
-
-def select_rows(dataset: Any, indices: np.ndarray) -> Any:
-    """Rows of any map-style dataset, as one."""
-    return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices.tolist())
 
 
 def _do(plan: Plan, run: Run) -> tuple[np.ndarray, float]:
