@@ -72,6 +72,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def batch_normalised(model: nn.Module, training: bool = False) -> str | None:
+    """The first module that normalises an example by the others in its batch.
+
+    Args:
+        model: The model.
+        training: Whether to ask of the model in `train()` mode, rather than in the mode that it is in.
+
+    Returns:
+        Its name and class; `None` if there is no such module.
+    """
+    with evaluating(model) if training else contextlib.nullcontext():
+        # A module that keeps itself in eval() mode stays there.
+        for name, module in (model.train() if training else model).named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+                module.training or module.running_mean is None
+            ):
+                return f"{name} ({type(module).__name__})"
+    return None
+
+
 def weights_fingerprint(model: nn.Module) -> str:
     """A hash of a model's parameters and buffers, by name. 32 hex digits."""
     digest = xxhash.xxh3_128()

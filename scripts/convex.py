@@ -166,7 +166,7 @@ def fragility_cases(seed: int) -> list[Case]:
     return [
         *(case(f"depth {depth}", depth=depth) for depth in (1, 2, 4)),
         *(case(f"width {width}", width=width) for width in (4, 64)),
-        *(case(f"weight decay {decay:g}", weight_decay=decay) for decay in (30.0, 3.0, 1.0)),
+        *(case(f"weight decay {decay:g}", weight_decay=decay) for decay in (30.0, 3.0, 1.0, 0.3)),
     ]
 
 

@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,20 @@ import torch
 def one_thread():
     # Several threads add in another order from run to run, and gain nothing on models this small.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def quick_garbage_collection():
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def counted_trainings():
+    from tiny import CountTrainings
+
+    CountTrainings.trainings, CountTrainings.interrupt_at = 0, None
 
 
 @pytest.fixture(autouse=True)

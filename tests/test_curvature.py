@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from models import make, moved
-from tiny import PointsConfig, PointsForSequenceClassification
+from tiny import PointsConfig, PointsForSequenceClassification, normal_points
 
 from hf_attribution import DataInf, Diagonal, EKFac, KFac, attribute
 from hf_attribution.attribution import self_influence
@@ -32,13 +32,7 @@ def network():
     return PointsForSequenceClassification(PointsConfig(size=4, hidden=5, num_labels=3)).eval()
 
 
-def points(rows, seed):
-    rng = np.random.default_rng(seed)
-    inputs = rng.normal(size=(rows, 4)).astype(np.float32)
-    return datasets.Dataset.from_dict({"points": inputs, "labels": rng.integers(3, size=rows)}).with_format("torch")
-
-
-TRAIN, QUERY = points(N, 1), points(Q, 2)
+TRAIN, QUERY = normal_points(N, 1), normal_points(Q, 2)
 
 
 def run(model, method, train=TRAIN, query=QUERY, **kwargs):
@@ -317,10 +311,10 @@ def test_factors_are_kept_found_again_and_inspected(network, tmp_path, monkeypat
     assert alike.provenance["choices"]["lambda"] == [pytest.approx(EKFac.auto_damping * curvature.unit)]
     assert not np.allclose(alike.values, first.values, rtol=1e-2)
     monkeypatch.setattr(preconditioned, "fit_curvature", None)  # it is not fitted again, for other queries either
-    other = run(network, EKFac(damping=1.0), query=points(3, 5), cache_dir=tmp_path)
+    other = run(network, EKFac(damping=1.0), query=normal_points(3, 5), cache_dir=tmp_path)
     assert other.values.shape == (3, N)
     with pytest.raises(TypeError, match="not callable"):
-        run(network, "ekfac", train=points(N, 9), cache_dir=tmp_path)
+        run(network, "ekfac", train=normal_points(N, 9), cache_dir=tmp_path)
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ArtefactError, match="truncated"):
         run(network, "ekfac", cache_dir=tmp_path)

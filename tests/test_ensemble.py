@@ -1,5 +1,4 @@
 import dataclasses
-import gc
 
 import numpy as np
 import pytest
@@ -8,7 +7,7 @@ from tiny import (
     CountTrainings,
     PointsConfig,
     PointsForSequenceClassification,
-    make_trainer,
+    make_counted_trainer,
     model,
     plain_training,
     points,
@@ -29,21 +28,11 @@ from hf_attribution.trainer import AttributionTrainer
 GRADIENT_METHODS = ["grad_dot", "grad_cos", "trak", "tracin", "representation_similarity"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_garbage_collection():
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _count():
-    CountTrainings.trainings, CountTrainings.interrupt_at = 0, None
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection", "counted_trainings")
 
 
 def trainer_in(folder, **kwargs):
-    kwargs.setdefault("trainer_settings", {}).setdefault("callbacks", [CountTrainings()])
-    return make_trainer(AttributionTrainer, folder, **{"model_settings": {"hidden": 4}, **kwargs})
+    return make_counted_trainer(AttributionTrainer, folder, **{"model_settings": {"hidden": 4}, **kwargs})
 
 
 def loaded(folder):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from sklearn.datasets import load_digits
-from tiny import PointsConfig, PointsForSequenceClassification
+from tiny import PointsConfig, PointsForSequenceClassification, normal_points
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_attribution import Influence, LoGra, attribute
@@ -27,13 +27,7 @@ def network():
     return PointsForSequenceClassification(PointsConfig(size=4, hidden=5, num_labels=3)).eval()
 
 
-def points(rows, seed):
-    rng = np.random.default_rng(seed)
-    inputs = rng.normal(size=(rows, 4)).astype(np.float32)
-    return datasets.Dataset.from_dict({"points": inputs, "labels": rng.integers(3, size=rows)}).with_format("torch")
-
-
-TRAIN, QUERY = points(N, 1), points(Q, 2)
+TRAIN, QUERY = normal_points(N, 1), normal_points(Q, 2)
 
 
 def run(model, method, train=TRAIN, query=QUERY, **kwargs):
@@ -202,7 +196,7 @@ def test_influence_averages_over_checkpoints_each_with_its_own_damping(network):
 @pytest.mark.parametrize("num_train", [N, 80])
 def test_projected_gradients_have_the_closed_form_of_their_own_space(network, num_train, normalize):
     # One weight matrix, sketched to as many dimensions as it has entries: that only permutes them and changes signs.
-    train = points(num_train, 3)
+    train = normal_points(num_train, 3)
     modules = ("body.0.weight", "head.weight")
     exact = run(network, Influence(modules=modules[:1], normalize=normalize), train)
     projected = run(network, Influence(modules=modules[:1], normalize=normalize, dim=20), train)

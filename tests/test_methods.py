@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from tiny import PadTokens
 
 from hf_attribution.attribution import attribute, self_influence
 from hf_attribution.checkpoints import as_checkpoint, trainer_checkpoints
@@ -22,23 +23,6 @@ N, Q = 17, 5
 
 # The others need a recorded training: see test_unroll.py.
 STATIC = [name for name, method in METHODS.items() if not (method.needs_run or method.needs_trainings)]
-
-
-class PadTokens:
-    """A collator that pads on either side, to a length of choice."""
-
-    def __init__(self, side="right", multiple=1):
-        self.side, self.multiple = side, multiple
-
-    def __call__(self, rows):
-        length = max(len(row["input_ids"]) for row in rows)
-        length += -length % self.multiple
-        ids, mask = torch.ones(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
-        for number, row in enumerate(rows):
-            tokens = torch.tensor(row["input_ids"])
-            where = slice(0, len(tokens)) if self.side == "right" else slice(length - len(tokens), length)
-            ids[number, where], mask[number, where] = tokens, 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in rows])}
 
 
 def rows(count, seed):

@@ -1,10 +1,13 @@
 """Scores of modules and tokens: they add up to the examples', and equal what the factors say."""
 
+import functools
+
 import datasets
 import numpy as np
 import pytest
 import torch
 import transformers as tf
+from tiny import PadTokens
 
 from hf_attribution import PartScores, attribute, attribute_parts
 from hf_attribution.curvature import parts as curvature_parts
@@ -19,19 +22,7 @@ N, Q = 7, 3
 METHODS_OF_PARTS = ("grad_dot", "tracin", "diagonal", "kfac", "ekfac", "datainf")
 
 
-class Pad:
-    def __init__(self, side="right", multiple=1):
-        self.side, self.multiple = side, multiple
-
-    def __call__(self, rows):
-        length = max(len(row["input_ids"]) for row in rows)
-        length += -length % self.multiple
-        ids, mask = torch.ones(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
-        for number, row in enumerate(rows):
-            tokens = torch.tensor(row["input_ids"])
-            where = slice(0, len(tokens)) if self.side == "right" else slice(length - len(tokens), length)
-            ids[number, where], mask[number, where] = tokens, 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+Pad = functools.partial(PadTokens, causal=True)
 
 
 def rows(count, seed):

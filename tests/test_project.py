@@ -14,7 +14,7 @@ PACKAGE = ROOT / "hf_attribution"
 
 # From the bottom up. A module or folder imports from its own line and from the lines above it.
 LAYERS = (
-    ("errors", "seeds", "seals", "metric_cache", "arguments"),
+    ("errors", "seeds", "seals", "metric_cache", "arguments", "catalogue"),
     ("artefacts", "scores", "part_scores", "subsets", "counterfactuals", "provenance", "reliability", "rows"),
     ("evaluation", "tuning", "estimation", "splits", "preprocessing", "blocks"),
     ("inputs", "logits", "tasks", "data", "optimizer_states"),

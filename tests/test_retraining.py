@@ -1,6 +1,5 @@
 import copy
 import errno
-import gc
 import json
 import os
 import subprocess
@@ -17,6 +16,7 @@ from tiny import (
     PointsConfig,
     PointsForSequenceClassification,
     arguments,
+    make_counted_trainer,
     make_trainer,
     model,
     plain_training,
@@ -43,22 +43,11 @@ from hf_attribution.seeds import derive_seed
 from hf_attribution.tasks import Classification
 from hf_attribution.trainer import AttributionTrainer
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_garbage_collection():
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _count():
-    CountTrainings.trainings, CountTrainings.interrupt_at = 0, None
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection", "counted_trainings")
 
 
 def trainer_in(folder, **kwargs):
-    kwargs.setdefault("trainer_settings", {}).setdefault("callbacks", [CountTrainings()])
-    return make_trainer(AttributionTrainer, folder, **kwargs)
+    return make_counted_trainer(AttributionTrainer, folder, **kwargs)
 
 
 def margins(trained, dataset):

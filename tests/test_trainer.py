@@ -28,17 +28,7 @@ from hf_attribution.seeds import derive_seed
 from hf_attribution.tasks import Classification
 from hf_attribution.trainer import AttributionMixin, AttributionTrainer
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_garbage_collection():
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _count():
-    CountTrainings.trainings, CountTrainings.interrupt_at = 0, None
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection", "counted_trainings")
 
 
 def trainer_in(folder, **kwargs):

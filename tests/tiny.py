@@ -60,6 +60,31 @@ def points(rows=24, size=3, seed=0):
     return Dataset.from_dict({"points": inputs.tolist(), "labels": labels.tolist()})
 
 
+def normal_points(rows, seed):
+    """Points of three classes, told apart by nothing."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(size=(rows, 4)).astype(np.float32)
+    return Dataset.from_dict({"points": inputs, "labels": rng.integers(3, size=rows)}).with_format("torch")
+
+
+class PadTokens:
+    """A collator that pads on either side, to a length of choice; its labels are the rows' own, or the tokens."""
+
+    def __init__(self, side="right", multiple=1, causal=False):
+        self.side, self.multiple, self.causal = side, multiple, causal
+
+    def __call__(self, rows):
+        length = max(len(row["input_ids"]) for row in rows)
+        length += -length % self.multiple
+        ids, mask = torch.ones(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
+        for number, row in enumerate(rows):
+            tokens = torch.tensor(row["input_ids"])
+            where = slice(0, len(tokens)) if self.side == "right" else slice(length - len(tokens), length)
+            ids[number, where], mask[number, where] = tokens, 1
+        labels = ids.masked_fill(mask == 0, -100) if self.causal else torch.tensor([row["labels"] for row in rows])
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
 def model(seed=0, **config):
     torch.manual_seed(seed)
     return PointsForSequenceClassification(PointsConfig(**config))
@@ -92,6 +117,12 @@ def make_trainer(trainer_class, folder, *, model_settings=None, trainer_settings
     if "model_init" in given:
         del given["model"]
     return trainer_class(**given)
+
+
+def make_counted_trainer(trainer_class, folder, **settings):
+    """The same, whose trainings and those of its copies are counted."""
+    settings.setdefault("trainer_settings", {}).setdefault("callbacks", [CountTrainings()])
+    return make_trainer(trainer_class, folder, **settings)
 
 
 def plain_training(fresh_model, args, dataset, seed, **settings):

@@ -32,6 +32,10 @@ class DampedKernel:
         damped.diagonal().add_(ridge if ridge > 0 else 1.0)
         self._factor = torch.linalg.cholesky(damped)
 
+    def whiten(self, rows: Tensor) -> Tensor:
+        """Rows `[m, n]` whose inner products are `rows (R Rᵀ + λI)⁻¹ rowsᵀ`: float64 `[m, n]`."""
+        return torch.linalg.solve_triangular(self._factor, rows.T.double(), upper=False).T
+
     def solve(self, rows: Tensor) -> Tensor:
         """`rows (R Rᵀ + λI)⁻¹`: float64 `[m, n]`, of rows `[m, n]`."""
         return torch.cholesky_solve(rows.T.double(), self._factor).T

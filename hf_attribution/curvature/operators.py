@@ -43,10 +43,10 @@ class FlatRows:
         for part in self:
             parts.append(part)
             if sum(rows.nbytes for _, rows in parts) + part[1].nbytes > BLOCK_BYTES:
-                yield _stack(parts)
+                yield stacked(parts)
                 parts = []
         if parts:
-            yield _stack(parts)
+            yield stacked(parts)
 
     def squared_norm(self) -> float:
         """The sum of the rows' squared lengths: the trace of their Gram matrix."""
@@ -124,6 +124,7 @@ class HessianOperator:
         return torch.cat([values.flatten(1) for values in found], dim=1)
 
 
-def _stack(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def stacked(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Positions `[b]` and rows `[b, P]` of some parts, one after the other."""
     indices, rows = zip(*parts, strict=True)
     return torch.cat(indices), torch.cat(rows)

@@ -15,7 +15,7 @@ from hf_attribution.gradients.checks import refuse_non_finite
 from hf_attribution.gradients.directions import Preconditioner, gradient_blocks
 from hf_attribution.gradients.held import Source
 from hf_attribution.gradients.per_example import Gradients
-from hf_attribution.gradients.terms import Lookup, Outer, Term, inner_products, take
+from hf_attribution.gradients.terms import Lookup, Outer, Term, inner_products, squared_norms, take
 
 GRANULARITIES = ("example", "module", "token")
 
@@ -47,12 +47,8 @@ class Identity:
         return list(block)
 
     def quadratic_forms(self, block: Sequence[Gradients]) -> list[Tensor]:
-        """Refused.
-
-        Raises:
-            NotImplementedError: Lengths of gradients are computed elsewhere.
-        """
-        raise NotImplementedError("Use Problem.squared_lengths.")
+        """`gᵀ g`."""
+        return [torch.stack([squared_norms(terms) for terms in part.terms.values()]).sum(0) for part in block]
 
 
 def module_layout(source: Source) -> Layout:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hf_attribution.curvature.dual import DampedKernel
 from hf_attribution.gradients.features import FeatureStore
@@ -25,22 +26,19 @@ class RidgeRegression:
     def __init__(self, train: FeatureStore, damping: float, query: FeatureStore | None = None) -> None:
         self._train, self._query, self._few = train, query, len(train) <= train.dim
         if self._few:
-            features = torch.cat([block for _, block in train.blocks()])
+            features = in_memory(train)
             self._matrix = features @ features.T
         else:
-            self._matrix = torch.zeros(train.dim, train.dim, dtype=torch.float64)
-            for _, block in train.blocks():
-                self._matrix += block.T @ block
+            self._matrix = gram_matrix(train)
         self.ridge = damping * float(self._matrix.trace()) / len(train)
         self._damped = DampedKernel(self._matrix, self.ridge)
 
     def scores(self) -> np.ndarray:
         """Scores of all training examples for the queries: float32 `[Q, N]`."""
         assert self._query is not None
-        queries = torch.cat([block for _, block in self._query.blocks()])
+        queries = in_memory(self._query)
         if self._few:
-            features = torch.cat([block for _, block in self._train.blocks()])
-            return self._damped.solve(queries @ features.T).float().numpy()
+            return self._damped.solve(queries @ in_memory(self._train).T).float().numpy()
         solved = self._damped.solve(queries).float()
         scores = np.empty((len(queries), len(self._train)), dtype=np.float32)
         for where, block in self._train.blocks():
@@ -53,6 +51,19 @@ class RidgeRegression:
             return self._damped.solve(self._matrix).diagonal().float().numpy()
         own = [(self._damped.solve(block) * block).sum(1) for _, block in self._train.blocks()]
         return torch.cat(own).float().numpy()
+
+
+def gram_matrix(features: FeatureStore) -> Tensor:
+    """`ΦᵀΦ`: float64 `[dim, dim]`."""
+    total = torch.zeros(features.dim, features.dim, dtype=torch.float64)
+    for _, block in features.blocks():
+        total += block.T @ block
+    return total
+
+
+def in_memory(features: FeatureStore) -> Tensor:
+    """All features, float32 `[N, dim]`."""
+    return torch.cat([block for _, block in features.blocks()])
 
 
 def divide_by_roots(scores: np.ndarray, self_influence: np.ndarray) -> np.ndarray:

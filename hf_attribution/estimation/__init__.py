@@ -7,18 +7,17 @@ gradients, no model and no data, only trainings, many: what one estimator makes 
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_attribution.catalogue import Catalogue
 from hf_attribution.counterfactuals import Counterfactuals
 from hf_attribution.errors import MismatchError
 from hf_attribution.estimation.ame import AME
 from hf_attribution.estimation.banzhaf import Banzhaf
-from hf_attribution.estimation.base import Estimated, Estimator
+from hf_attribution.estimation.base import Context, Estimated, Estimator
 from hf_attribution.estimation.datamodel import Datamodel
 from hf_attribution.estimation.loo import LOO
 from hf_attribution.estimation.shapley import Shapley
@@ -28,16 +27,14 @@ from hf_attribution.scores import Scores
 if TYPE_CHECKING:
     import datasets
 
-ESTIMATORS: dict[str, type[Estimator]] = {
-    estimator.name: estimator for estimator in (Datamodel, SubsampledInfluence, Banzhaf, AME, Shapley, LOO)
-}
+ESTIMATORS: Catalogue[Estimator] = Catalogue("estimator", (Datamodel, SubsampledInfluence, Banzhaf, AME, Shapley, LOO))
 
 
 def get_estimator(method: str | Estimator, **settings: Any) -> Estimator:
     """An estimator by name, with settings.
 
     Args:
-        method: A name in `ESTIMATORS`, or an estimator, which is returned with the settings replaced.
+        method: A name in `ESTIMATORS`, or an estimator, whose settings are replaced.
         **settings: Fields of the estimator.
 
     Returns:
@@ -51,16 +48,7 @@ def get_estimator(method: str | Estimator, **settings: Any) -> Estimator:
         >>> get_estimator("datamodel", penalty="ridge").penalty
         'ridge'
     """
-    kind = type(method) if isinstance(method, Estimator) else ESTIMATORS.get(method)
-    if kind is None:
-        close = difflib.get_close_matches(str(method), ESTIMATORS, n=1, cutoff=0.3)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise KeyError(f"Unknown estimator {method!r}.{hint} There are {', '.join(ESTIMATORS)}.")
-    known = [field.name for field in dataclasses.fields(kind)]
-    unknown = [name for name in settings if name not in known]
-    if unknown:
-        raise TypeError(f"{kind.name} has no setting {unknown[0]!r}: it has {', '.join(known) or 'none'}.")
-    return dataclasses.replace(method, **settings) if isinstance(method, Estimator) else kind(**settings)
+    return ESTIMATORS.make(method, settings)
 
 
 def estimate(
@@ -110,10 +98,7 @@ def estimate(
                 "counterfactuals.select(rows)."
             )
     started = time.perf_counter()
-    if isinstance(estimator, Datamodel):
-        values, choices = estimator.estimate(counterfactuals, train_dataset)
-    else:
-        values, choices = estimator.estimate(counterfactuals)
+    values, choices = estimator.estimate(counterfactuals, Context(train_dataset))
     seconds = time.perf_counter() - started
     provenance, protocol = counterfactuals.provenance, counterfactuals.protocol
     known = {"fingerprints": provenance.get("fingerprints"), "measurement": protocol.get("measurement")}

@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from hf_attribution.counterfactuals import Counterfactuals
-from hf_attribution.estimation.base import Estimated, Estimator, check_memberships
+from hf_attribution.estimation.base import Context, Estimated, Estimator, check_memberships
 from hf_attribution.estimation.datamodel import Datamodel
 from hf_attribution.subsets import Subsets
 
@@ -30,11 +30,12 @@ class AME(Estimator):
     name: ClassVar[str] = "ame"
     paper: ClassVar[str] = "Lin et al. 2022, Measuring the effect of training data on deep learning predictions"
 
-    def estimate(self, counterfactuals: Counterfactuals) -> Estimated:
+    def estimate(self, counterfactuals: Counterfactuals, context: Context) -> Estimated:
         """Fit one LASSO a query.
 
         Args:
             counterfactuals: Outputs of models retrained on M subsets at these fractions.
+            context: Not used.
 
         Returns:
             Values `[Q, N]`; choices as for `Datamodel`.

@@ -6,7 +6,14 @@ from typing import ClassVar
 import numpy as np
 
 from hf_attribution.counterfactuals import Counterfactuals
-from hf_attribution.estimation.base import Estimated, Estimator, check_memberships, constant_queries, note_constant
+from hf_attribution.estimation.base import (
+    Context,
+    Estimated,
+    Estimator,
+    check_memberships,
+    constant_queries,
+    note_constant,
+)
 from hf_attribution.estimation.subsampled_influence import mean_differences
 
 
@@ -21,11 +28,12 @@ class Banzhaf(Estimator):
     name: ClassVar[str] = "banzhaf"
     paper: ClassVar[str] = "Wang & Jia 2023, Data Banzhaf: A robust data valuation framework"
 
-    def estimate(self, counterfactuals: Counterfactuals) -> Estimated:
+    def estimate(self, counterfactuals: Counterfactuals, context: Context) -> Estimated:
         """Subtract the mean outputs without an example from those with it (Wang & Jia, eq. 5).
 
         Args:
             counterfactuals: Outputs of models retrained on M subsets that hold an example with probability ½.
+            context: Not used.
 
         Returns:
             Values `[Q, N]`; in the choices `subset_sizes`, "independent" or "fixed", and `constant_queries`, where

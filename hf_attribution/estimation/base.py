@@ -1,13 +1,18 @@
 """What an estimator is: a frozen dataclass of settings that makes scores of masks and outputs."""
 
+from __future__ import annotations
+
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from transformers.utils import logging
 
 from hf_attribution.counterfactuals import Counterfactuals
 from hf_attribution.subsets import Subsets
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.get_logger(__name__)
 
@@ -17,6 +22,16 @@ class Estimated(NamedTuple):
 
     values: np.ndarray
     choices: dict[str, Any] = {}  # noqa: RUF012 (an empty default that nobody writes to)
+
+
+class Context(NamedTuple):
+    """What an estimator may use beside masks and outputs.
+
+    Args:
+        train_dataset: The N training examples.
+    """
+
+    train_dataset: datasets.Dataset | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +45,12 @@ class Estimator:
     name: ClassVar[str]
     paper: ClassVar[str]
 
-    def estimate(self, counterfactuals: Counterfactuals) -> Estimated:
+    def estimate(self, counterfactuals: Counterfactuals, context: Context) -> Estimated:
         """Estimate the score of every training example for every query.
 
         Args:
             counterfactuals: Outputs of models retrained on M subsets, which are averaged over their seeds.
+            context: What else there is.
 
         Returns:
             Values `[Q, N]` and what was chosen automatically.

@@ -1,14 +1,13 @@
 """Datamodels: a sparse linear model of retrained outputs in which examples were trained on."""
 
-from __future__ import annotations
-
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from hf_attribution.counterfactuals import Counterfactuals
 from hf_attribution.estimation.base import (
+    Context,
     Estimated,
     Estimator,
     check_memberships,
@@ -20,9 +19,6 @@ from hf_attribution.estimation.groups import GroupCounts
 from hf_attribution.estimation.lasso import fit_lasso
 from hf_attribution.estimation.ridge import fit_ridge
 from hf_attribution.evaluation import read_groups
-
-if TYPE_CHECKING:
-    import datasets
 
 PENALTIES = ("lasso", "elastic_net", "ridge")
 
@@ -70,12 +66,12 @@ class Datamodel(Estimator):
                 f"There must be at least 2 folds and 2 penalties, not {self.folds} and {self.num_penalties}."
             )
 
-    def estimate(self, counterfactuals: Counterfactuals, train_dataset: datasets.Dataset | None = None) -> Estimated:
+    def estimate(self, counterfactuals: Counterfactuals, context: Context) -> Estimated:
         """Fit one regression a query.
 
         Args:
             counterfactuals: Outputs of models retrained on M subsets of any kind.
-            train_dataset: The N training examples, for their groups.
+            context: Has the training examples, for their groups.
 
         Returns:
             Values `[Q, N]`; in the choices the `penalties` chosen, `subsets_per_example`, and, where there are any,
@@ -85,7 +81,7 @@ class Datamodel(Estimator):
         masks, outputs = counterfactuals.subsets.masks, counterfactuals.mean()
         if self.group_column is None:
             return self.regress(masks, outputs)
-        groups = read_groups(train_dataset, self.group_column, masks.shape[1])
+        groups = read_groups(context.train_dataset, self.group_column, masks.shape[1])
         counts = GroupCounts.of(counterfactuals.subsets, groups)
         # Residuals of all subsets go into the folds: the little that they know of each other is the same for each
         # penalty. The ridge takes it into account.

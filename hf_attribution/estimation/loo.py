@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from hf_attribution.counterfactuals import Counterfactuals
-from hf_attribution.estimation.base import Estimated, Estimator, constant_queries, note_constant
+from hf_attribution.estimation.base import Context, Estimated, Estimator, constant_queries, note_constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +20,12 @@ class LOO(Estimator):
     name: ClassVar[str] = "loo"
     paper: ClassVar[str] = "Koh & Liang 2017, Understanding black-box predictions via influence functions"
 
-    def estimate(self, counterfactuals: Counterfactuals) -> Estimated:
+    def estimate(self, counterfactuals: Counterfactuals, context: Context) -> Estimated:
         """Subtract the outputs without an example from those with all.
 
         Args:
             counterfactuals: Outputs of models retrained without each example, and on all of them.
+            context: Not used.
 
         Returns:
             Values `[Q, N]`; in the choices `constant_queries`, where there are any.

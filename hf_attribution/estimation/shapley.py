@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hf_attribution.counterfactuals import Counterfactuals
-from hf_attribution.estimation.base import Estimated, Estimator, constant_queries, note_constant
+from hf_attribution.estimation.base import Context, Estimated, Estimator, constant_queries, note_constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +30,12 @@ class Shapley(Estimator):
     name: ClassVar[str] = "shapley"
     paper: ClassVar[str] = "Ghorbani & Zou 2019, Data Shapley: Equitable valuation of data for machine learning"
 
-    def estimate(self, counterfactuals: Counterfactuals) -> Estimated:
+    def estimate(self, counterfactuals: Counterfactuals, context: Context) -> Estimated:
         """Average the contributions.
 
         Args:
             counterfactuals: Outputs of models retrained along permutations.
+            context: Not used.
 
         Returns:
             Values `[Q, N]`; in the choices `num_permutations`, `truncated` (whether they stop early), `first_step`

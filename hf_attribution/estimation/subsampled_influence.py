@@ -6,7 +6,14 @@ from typing import ClassVar
 import numpy as np
 
 from hf_attribution.counterfactuals import Counterfactuals
-from hf_attribution.estimation.base import Estimated, Estimator, check_memberships, constant_queries, note_constant
+from hf_attribution.estimation.base import (
+    Context,
+    Estimated,
+    Estimator,
+    check_memberships,
+    constant_queries,
+    note_constant,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +27,12 @@ class SubsampledInfluence(Estimator):
     name: ClassVar[str] = "subsampled_influence"
     paper: ClassVar[str] = "Feldman & Zhang 2020, What neural networks memorize and why"
 
-    def estimate(self, counterfactuals: Counterfactuals) -> Estimated:
+    def estimate(self, counterfactuals: Counterfactuals, context: Context) -> Estimated:
         """Subtract the two means.
 
         Args:
             counterfactuals: Outputs of models retrained on M subsets of any kind.
+            context: Not used.
 
         Returns:
             Values `[Q, N]`; in the choices `constant_queries`, where there are any.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from hf_attribution.errors import NonFiniteError, UnsupportedError
+from hf_attribution.inputs import batch_normalised
 
 
 def chosen_parameters(model: nn.Module, modules: Sequence[str] | None) -> dict[str, nn.Parameter]:
@@ -58,12 +59,11 @@ def refuse_batch_statistics(model: nn.Module) -> None:
     Raises:
         UnsupportedError: If a batch normalisation is in training mode; the message names it.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            raise UnsupportedError(
-                f"{name} ({type(module).__name__}) uses the statistics of the batch, so an example has no gradient of "
-                "its own: call model.eval() (with running statistics), or use GroupNorm."
-            )
+    if mixing := batch_normalised(model):
+        raise UnsupportedError(
+            f"{mixing} uses the statistics of the batch, so an example has no gradient of its own: call model.eval() "
+            "(with running statistics), or use GroupNorm."
+        )
 
 
 def refuse_non_finite(values: Tensor, indices: Tensor, what: str) -> None:

@@ -1,9 +1,8 @@
 """Attribution methods, one file each: `METHODS["trak"](dim=2048, seed=0)`."""
 
-import dataclasses
-import difflib
 from typing import Any
 
+from hf_attribution.catalogue import Catalogue
 from hf_attribution.methods.base import GradientMethod, Method, Scored
 from hf_attribution.methods.bm25 import BM25
 from hf_attribution.methods.datainf import DataInf
@@ -26,40 +25,30 @@ from hf_attribution.methods.trackstar import TrackStar
 from hf_attribution.methods.trak import Trak
 from hf_attribution.methods.unroll import Unroll
 
-
-class _Methods(dict[str, type[Method]]):
-    def __missing__(self, name: str) -> type[Method]:
-        close = difflib.get_close_matches(str(name), self, n=1, cutoff=0.3)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise KeyError(f"Unknown method {name!r}.{hint} There are {', '.join(self)}.")
-
-
-METHODS: dict[str, type[Method]] = _Methods(
-    {
-        method.name: method
-        for method in (
-            Random,
-            LabelMatch,
-            BM25,
-            RepresentationSimilarity,
-            KNNShapley,
-            Representer,
-            GradDot,
-            GradCos,
-            TracIn,
-            Source,
-            Trak,
-            LoGra,
-            TrackStar,
-            Influence,
-            Diagonal,
-            KFac,
-            EKFac,
-            DataInf,
-            Unroll,
-            SmoothedUnroll,
-        )
-    }
+METHODS: Catalogue[Method] = Catalogue(
+    "method",
+    (
+        Random,
+        LabelMatch,
+        BM25,
+        RepresentationSimilarity,
+        KNNShapley,
+        Representer,
+        GradDot,
+        GradCos,
+        TracIn,
+        Source,
+        Trak,
+        LoGra,
+        TrackStar,
+        Influence,
+        Diagonal,
+        KFac,
+        EKFac,
+        DataInf,
+        Unroll,
+        SmoothedUnroll,
+    ),
 )
 
 
@@ -67,7 +56,7 @@ def get_method(method: str | Method, **settings: Any) -> Method:
     """A method by name, with settings.
 
     Args:
-        method: A name in `METHODS`, or a method, which is returned as it is.
+        method: A name in `METHODS`, or a method, whose settings are replaced.
         **settings: Fields of the method.
 
     Returns:
@@ -81,14 +70,7 @@ def get_method(method: str | Method, **settings: Any) -> Method:
         >>> get_method("trak", dim=512).dim
         512
     """
-    if isinstance(method, Method):
-        return dataclasses.replace(method, **settings)
-    kind = METHODS[method]
-    known = [field.name for field in dataclasses.fields(kind)]
-    unknown = [name for name in settings if name not in known]
-    if unknown:
-        raise TypeError(f"{method} has no setting {unknown[0]!r}: it has {', '.join(known)}.")
-    return kind(**settings)
+    return METHODS.make(method, settings)
 
 
 __all__ = [

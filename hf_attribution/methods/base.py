@@ -118,6 +118,29 @@ class GradientMethod(Method):
         return (last_linear(model),) if self.last_layer else self.modules
 
 
+@dataclasses.dataclass(frozen=True)
+class ProductMethod(GradientMethod):
+    """Base of the methods whose scores are inner products of gradients, exact or projected.
+
+    Args:
+        dim: Project the gradients to this dimension; exact by default.
+        seed: Seed of the projection.
+        modules: Patterns (`fnmatch`) of the modules whose parameters count; all by default.
+        last_layer: Only the parameters of the last linear layer count.
+    """
+
+    dim: int | None = None
+    seed: int = 0
+
+    def products(self, problem: Problem, model: nn.Module, normalize: bool = False) -> np.ndarray:
+        """Inner products, or cosines, of the gradients of queries and training examples for one model: `[Q, N]`."""
+        return problem.products(model, self.modules_of(model), self.dim, self.seed, normalize)
+
+    def squared_lengths(self, problem: Problem, model: nn.Module) -> np.ndarray:
+        """Squared lengths of the training examples' gradients for one model: `[N]`."""
+        return problem.squared_lengths(model, self.modules_of(model), self.dim, self.seed)
+
+
 def positive_damping(damping: float | str, auto: float) -> float:
     """A damping as a number.
 

@@ -3,12 +3,12 @@
 import dataclasses
 from typing import ClassVar
 
-from hf_attribution.methods.base import GradientMethod, Scored
+from hf_attribution.methods.base import ProductMethod, Scored
 from hf_attribution.problem import Problem
 
 
 @dataclasses.dataclass(frozen=True)
-class GradCos(GradientMethod):
+class GradCos(ProductMethod):
     """Cosine of the query's measurement gradient and the example's gain gradient, averaged over the checkpoints.
 
     An example's influence on itself is 1, whatever it is: for that use another method.
@@ -20,16 +20,9 @@ class GradCos(GradientMethod):
         last_layer: Only the parameters of the last linear layer count.
     """
 
-    dim: int | None = None
-    seed: int = 0
-
     name: ClassVar[str] = "grad_cos"
     paper: ClassVar[str] = "Charpiat et al. 2019, Input similarity from the neural network perspective"
 
     def score(self, problem: Problem) -> Scored:
         """Multiply the unit gradients."""
-        return Scored(
-            problem.average(
-                lambda model, _: problem.products(model, self.modules_of(model), self.dim, self.seed, normalize=True)
-            )
-        )
+        return Scored(problem.average(lambda model, _: self.products(problem, model, normalize=True)))

@@ -6,12 +6,12 @@ from typing import ClassVar
 import numpy as np
 
 from hf_attribution.curvature.parts import Identity, Layout
-from hf_attribution.methods.base import GradientMethod, Scored
+from hf_attribution.methods.base import ProductMethod, Scored
 from hf_attribution.problem import Problem
 
 
 @dataclasses.dataclass(frozen=True)
-class GradDot(GradientMethod):
+class GradDot(ProductMethod):
     """`⟨∇m(query), -∇loss(example)⟩`, averaged over the checkpoints.
 
     Args:
@@ -21,23 +21,16 @@ class GradDot(GradientMethod):
         last_layer: Only the parameters of the last linear layer count.
     """
 
-    dim: int | None = None
-    seed: int = 0
-
     name: ClassVar[str] = "grad_dot"
     paper: ClassVar[str] = "Charpiat et al. 2019, Input similarity from the neural network perspective"
 
     def score(self, problem: Problem) -> Scored:
         """Multiply the gradients."""
-        return Scored(
-            problem.average(lambda model, _: problem.products(model, self.modules_of(model), self.dim, self.seed))
-        )
+        return Scored(problem.average(lambda model, _: self.products(problem, model)))
 
     def self_influence(self, problem: Problem) -> np.ndarray:
         """The gradients' squared lengths."""
-        return problem.average(
-            lambda model, _: problem.squared_lengths(model, self.modules_of(model), self.dim, self.seed)
-        )
+        return problem.average(lambda model, _: self.squared_lengths(problem, model))
 
     def part_scores(self, problem: Problem, granularity: str) -> tuple[Layout, Scored]:
         """Multiply the gradients module by module, or token by token."""

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from hf_attribution.curvature.dual import MAX_ROWS, FisherKernel, GaussNewtonKernel
 from hf_attribution.curvature.iterative import Products
 from hf_attribution.curvature.operators import FlatRows, GramOperator, HessianOperator
 from hf_attribution.curvature.ridge import RidgeRegression, divide_by_roots
+from hf_attribution.curvature.rows import CurvatureRows
 from hf_attribution.curvature.solvers import Solution, arnoldi, cg, explicit, lissa
 from hf_attribution.gradients.held import Source
 from hf_attribution.gradients.projections import Projection
@@ -171,14 +171,8 @@ class _Linearised:
     @functools.cached_property
     def _curvature_rows(self) -> list[Source]:
         """The rows of which the Gauss-Newton matrix is the Gram matrix, a source for each of those of an example."""
-
-        def row(number: int, model: nn.Module, batch: Batch) -> Tensor:
-            return self.problem.task.curvature_rows(model, batch)[0][:, number]
-
-        probe = self.problem.train.probe().to(self.problem.device)
-        with torch.no_grad():
-            rows_per_example = self.problem.task.curvature_rows(self.model, probe.inputs)[0].shape[1]
-        return [self.source(functools.partial(row, number)) for number in range(rows_per_example)]
+        rows = CurvatureRows(self.model, self.problem.task, self.problem.train, "gauss_newton", self.modules)
+        return [Source(gradients, self.problem.train) for gradients in rows.gradients]
 
     @property
     def _dim(self) -> int | None:

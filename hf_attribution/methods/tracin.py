@@ -11,7 +11,7 @@ from hf_attribution.curvature.elementwise import Elementwise
 from hf_attribution.curvature.parts import Identity, Layout
 from hf_attribution.errors import UnsupportedError
 from hf_attribution.gradients.directions import Preconditioner, directional_products, self_products
-from hf_attribution.methods.base import GradientMethod, Scored
+from hf_attribution.methods.base import ProductMethod, Scored
 from hf_attribution.optimizer_states import read_optimizer_state
 from hf_attribution.problem import Problem
 
@@ -19,7 +19,7 @@ OPTIMIZERS = ("sgd", "adam")
 
 
 @dataclasses.dataclass(frozen=True)
-class TracIn(GradientMethod):
+class TracIn(ProductMethod):
     """TracInCP: `Σ_c η_c ⟨∇m(query; θ_c), -P_c ∇loss(example; θ_c)⟩` over checkpoints of one run.
 
     The checkpoints are the `checkpoint-*` folders of a Trainer, with the learning rates it saved in them.
@@ -33,8 +33,6 @@ class TracIn(GradientMethod):
         last_layer: Only the parameters of the last linear layer count, as in the paper.
     """
 
-    dim: int | None = None
-    seed: int = 0
     optimizer: str = "sgd"
 
     name: ClassVar[str] = "tracin"
@@ -54,7 +52,7 @@ class TracIn(GradientMethod):
 
         def one(model: nn.Module, number: int) -> np.ndarray:
             if scales is None:
-                return problem.products(model, self.modules_of(model), self.dim, self.seed)
+                return self.products(problem, model)
             queries, train = problem.sources(model, self.modules_of(model))
             return directional_products(queries, train, scales[number], progress=problem.progress)
 
@@ -66,7 +64,7 @@ class TracIn(GradientMethod):
 
         def one(model: nn.Module, number: int) -> np.ndarray:
             if scales is None:
-                return problem.squared_lengths(model, self.modules_of(model), self.dim, self.seed)
+                return self.squared_lengths(problem, model)
             return self_products(problem.sources(model, self.modules_of(model))[1], scales[number], problem.progress)
 
         return len(problem.checkpoints) * problem.average(one)

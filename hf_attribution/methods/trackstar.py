@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_attribution.curvature.dual import DampedKernel
+from hf_attribution.curvature.ridge import gram_matrix
 from hf_attribution.gradients.features import FeatureStore
 from hf_attribution.gradients.held import Source
 from hf_attribution.gradients.moments import second_moments
@@ -61,30 +63,23 @@ class TrackStar(GradientMethod):
             train = problem.features(model, problem.task.gains, problem.train, projection, modules, moments)
             query = problem.features(model, problem.task.measurement, problem.query, projection, modules, moments)
             mixed = self.mix * _autocorrelation(query) + (1 - self.mix) * _autocorrelation(train)
-            return _whitened_cosines(query, train, _factor(mixed, damping))
+            # The Cholesky factor whitens as the inverse root does, but for a rotation.
+            damped = DampedKernel(mixed, damping * float(mixed.trace()) / len(mixed))
+            return _whitened_cosines(query, train, damped)
 
         return Scored(problem.average(cosines), {"damping": damping})
 
 
 def _autocorrelation(features: FeatureStore) -> Tensor:
     """Mean outer product, of trace 1, `[dim, dim]` in double precision."""
-    total = torch.zeros(features.dim, features.dim, dtype=torch.float64)
-    for _, block in features.blocks():
-        total += block.T @ block
+    total = gram_matrix(features)
     trace = total.trace()
     return total / trace if trace > 0 else total
 
 
-def _factor(matrix: Tensor, damping: float) -> Tensor:
-    """The Cholesky factor of the damped matrix, whose inverse whitens as the inverse root does, but for a rotation."""
-    mean = float(matrix.trace()) / len(matrix)
-    return torch.linalg.cholesky(matrix + damping * (mean if mean > 0 else 1.0) * torch.eye(len(matrix)).to(matrix))
-
-
-def _whitened_cosines(query: FeatureStore, train: FeatureStore, factor: Tensor) -> np.ndarray:
+def _whitened_cosines(query: FeatureStore, train: FeatureStore, damped: DampedKernel) -> np.ndarray:
     def whitened(block: Tensor) -> Tensor:
-        solved = torch.linalg.solve_triangular(factor, block.T.double(), upper=False).T
-        return torch.nn.functional.normalize(solved.float())
+        return torch.nn.functional.normalize(damped.whiten(block).float())
 
     queries = torch.cat([whitened(block) for _, block in query.blocks()])
     scores = np.empty((len(query), len(train)), dtype=np.float32)

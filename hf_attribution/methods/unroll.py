@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from hf_attribution.curvature.operators import stacked
 from hf_attribution.gradients.held import Source
 from hf_attribution.inputs import evaluating
 from hf_attribution.methods.base import Method, Scored
@@ -171,15 +172,10 @@ def _blocks(parts: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple
     for part in parts:
         for pair in zip(*(each.split(size) for each in part), strict=True):
             if sum(len(where) for where, _ in [*waiting, pair]) > size:
-                yield _joined(waiting)
+                yield stacked(waiting)
                 waiting = []
             waiting.append(pair)
-    yield _joined(waiting)
-
-
-def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    where, rows = zip(*parts, strict=True)
-    return torch.cat(where), torch.cat(rows)
+    yield stacked(waiting)
 
 
 def _growth(lengths: list[Tensor]) -> float:

@@ -9,7 +9,7 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_attribution.data import Split
 from hf_attribution.errors import UnsupportedError
-from hf_attribution.inputs import evaluating
+from hf_attribution.inputs import batch_normalised
 
 _FLOAT32 = "train in float32 (fp16=False, bf16=False)."
 
@@ -63,10 +63,8 @@ def refuse_batch_norm(model: nn.Module) -> None:
     Raises:
         UnsupportedError: The message names the module.
     """
-    with evaluating(model):
-        for name, module in model.train().named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-                raise UnsupportedError(
-                    f"This training cannot be recorded. {name} ({type(module).__name__}) normalises by the whole "
-                    "batch, so an example has no loss of its own: use GroupNorm, or keep it in eval() mode."
-                )
+    if mixing := batch_normalised(model, training=True):
+        raise UnsupportedError(
+            f"This training cannot be recorded. {mixing} normalises by the whole batch, so an example has no loss of "
+            "its own: use GroupNorm, or keep it in eval() mode."
+        )

@@ -10,7 +10,7 @@ from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import SchedulerType
 
 from hf_attribution.errors import UnsupportedError
-from hf_attribution.inputs import evaluating
+from hf_attribution.inputs import batch_normalised
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -75,13 +75,11 @@ def check_weighted(trainer: Trainer, model: nn.Module, train_dataset: Any, task_
     Raises:
         UnsupportedError: The message names the module or setting.
     """
-    with evaluating(model):
-        for name, module in model.train().named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-                raise UnsupportedError(
-                    f"{name} ({type(module).__name__}) normalises by the whole batch, so examples of weight 0 would "
-                    'still count: use protocol="resampled", or GroupNorm.'
-                )
+    if mixing := batch_normalised(model, training=True):
+        raise UnsupportedError(
+            f"{mixing} normalises by the whole batch, so examples of weight 0 would still count: use "
+            'protocol="resampled", or GroupNorm.'
+        )
     own_loss = type(trainer).compute_loss is not Trainer.compute_loss
     if (own_loss or trainer.compute_loss_func is not None) and not task_given:
         where = f"{type(trainer).__name__}.compute_loss" if own_loss else "compute_loss_func"
