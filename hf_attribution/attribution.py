@@ -25,6 +25,7 @@ from hf_attribution.part_scores import PartScores
 from hf_attribution.problem import Checkpoint, Problem
 from hf_attribution.replay.run import RecordedRun
 from hf_attribution.scores import Scores
+from hf_attribution.store.precision import check_dtype
 from hf_attribution.tasks import Task, infer_task
 
 logger = logging.get_logger(__name__)
@@ -40,6 +41,7 @@ class Setup(TypedDict, total=False):
     cache_dir: str | Path | None
     remove_unused_columns: bool
     progress: bool
+    store_dtype: str
 
 
 def attribute(
@@ -55,6 +57,7 @@ def attribute(
     cache_dir: str | Path | None = None,
     remove_unused_columns: bool = True,
     progress: bool = True,
+    store_dtype: str = "float32",
     run: RecordedRun | None = None,
     train_masked: Callable[..., Any] | None = None,
 ) -> Scores:
@@ -75,6 +78,8 @@ def attribute(
         cache_dir: Where projected gradients are kept and found again; by default they are deleted at the end.
         remove_unused_columns: Drop columns that the model's `forward` does not take, as the Trainer does.
         progress: Whether to show progress bars.
+        store_dtype: The number format that projected gradients are kept in: `"float32"`, `"float16"`, `"bfloat16"` or
+            `"int8"` (with a scale for each example). Methods that keep none take no notice.
         run: The recorded training, for methods that differentiate through it (`"unroll"`).
         train_masked: What trains on subsets and records it, for methods that differentiate through such trainings
             (`"smoothed_unroll"`): an `AttributionTrainer` gives it.
@@ -96,7 +101,7 @@ def attribute(
     started = time.perf_counter()
     with _problem(
         model, train_dataset, query_dataset, task, data_collator, checkpoints, batch_size, cache_dir,
-        remove_unused_columns, progress,
+        remove_unused_columns, progress, store_dtype,
     ) as (problem, used_subsets):  # fmt: skip
         problem = dataclasses.replace(problem, run=run, train_masked=train_masked)
         scored = chosen.score(problem)
@@ -128,7 +133,7 @@ def attribute_parts(
         method: A method whose scores are such sums: `"grad_dot"`, `"tracin"`, `"diagonal"`, `"kfac"`, `"ekfac"` or
             `"datainf"`, by name or with settings.
         **setup: As for `attribute`: `task`, `data_collator`, `checkpoints`, `batch_size`, `cache_dir`,
-            `remove_unused_columns`, `progress`.
+            `remove_unused_columns`, `progress`, `store_dtype`.
 
     Returns:
         `PartScores`; their `sum()` is what `attribute` returns.
@@ -171,7 +176,7 @@ def self_influence(
         train_dataset: What it was trained on, preprocessed: N rows.
         method: A name in `METHODS` of a method that compares gradients, or such a method with settings.
         **setup: As for `attribute`: `task`, `data_collator`, `checkpoints`, `batch_size`, `cache_dir`,
-            `remove_unused_columns`, `progress`.
+            `remove_unused_columns`, `progress`, `store_dtype`.
 
     Returns:
         float32 `[N]`: each example's score for minus its own loss.
@@ -201,6 +206,7 @@ def _provenance(problem: Problem, used_subsets: dict[str, Any], scored: Scored, 
         "task": problem.task.description,
         "checkpoints": [checkpoint.name for checkpoint in problem.checkpoints],
         "weights": problem.weights,
+        "store_dtype": problem.store_dtype,
         **used_subsets,
         **({"used_subsets": list(scored.used_subsets)} if scored.used_subsets else {}),
         "choices": scored.choices,
@@ -220,6 +226,7 @@ def _problem(
     cache_dir: str | Path | None = None,
     remove_unused_columns: bool = True,
     progress: bool = True,
+    store_dtype: str = "float32",
 ) -> Iterator[tuple[Problem, dict[str, Any]]]:
     """The problem that a method is given, tried on two examples, and the subsets that its models were trained on."""
     check_same_columns(train_dataset, query_dataset)
@@ -244,6 +251,7 @@ def _problem(
             checkpoints=[as_checkpoint(c) for c in (checkpoints if checkpoints is not None else [model])],
             cache_dir=folder,
             progress=progress,
+            store_dtype=check_dtype(store_dtype),
         )
         _try_task(problem)
         yield problem, used_subsets

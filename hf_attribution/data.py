@@ -165,15 +165,25 @@ class Split:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the rows' contents and types, the same in every process. 32 hex digits."""
+        return self.fingerprint_of_first(len(self))
+
+    def fingerprint_of_first(self, rows: int) -> str:
+        """The fingerprint of a dataset of the first rows alone."""
         digest = xxhash.xxh3_128()
         if _is_arrow(self.dataset):
-            _hash_arrow(self.dataset, digest)
+            _hash_arrow(self.dataset if rows == len(self) else self.dataset.select(range(rows)), digest)
         if not _is_arrow(self.dataset) or self.dataset.format["type"] == "custom":
             # A transform's code cannot be hashed; what it makes of the rows can.
-            for index in range(len(self)):
+            for index in range(rows):
                 with seeded(derive_seed(self.seed, index)):
                     digest.update(pickle.dumps(_plain(self.rows([index])[0])))
         return digest.hexdigest()
+
+    @functools.cached_property
+    def inputs_fingerprint(self) -> str:
+        """A hash of what the collator makes of the first few rows, since its code cannot be hashed. 32 hex digits."""
+        looks = [self._drawn(index) for index in range(min(8, len(self)))]
+        return xxhash.xxh3_128_hexdigest(pickle.dumps(_plain(looks)))
 
     @functools.cached_property
     def _order(self) -> np.ndarray:

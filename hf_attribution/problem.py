@@ -18,7 +18,7 @@ from hf_attribution.curvature.parts import Layout, module_layout, part_products,
 from hf_attribution.data import Split
 from hf_attribution.errors import MismatchError
 from hf_attribution.gradients.directions import Preconditioner
-from hf_attribution.gradients.features import FeatureStore, compute_features
+from hf_attribution.gradients.features import compute_features
 from hf_attribution.gradients.held import Source
 from hf_attribution.gradients.moments import DividedGradients, SecondMoments
 from hf_attribution.gradients.per_example import PerExampleGradients
@@ -26,6 +26,7 @@ from hf_attribution.gradients.products import feature_products, gradient_product
 from hf_attribution.gradients.projections import Projection
 from hf_attribution.inputs import evaluating, weights_fingerprint
 from hf_attribution.replay.run import RecordedRun
+from hf_attribution.store import FeatureStore
 from hf_attribution.tasks import Task
 
 
@@ -63,6 +64,7 @@ class Problem:
         checkpoints: The weights to attribute with.
         cache_dir: Where stored features are kept.
         progress: Whether to show progress bars.
+        store_dtype: The number format that they are kept in.
         run: The recorded training, for methods that differentiate through it.
         train_masked: Trains on subsets and records each training, for methods that differentiate through those; see
             `AttributionMixin.attribute`.
@@ -77,6 +79,7 @@ class Problem:
     checkpoints: Sequence[Checkpoint]
     cache_dir: Path
     progress: bool = True
+    store_dtype: str = "float32"
     run: RecordedRun | None = None
     train_masked: Callable[..., Any] | None = None
 
@@ -245,18 +248,21 @@ class Problem:
         settings = {
             "model": weights_fingerprint(model),
             "data": split.fingerprint,
+            "inputs": split.inputs_fingerprint,
             "task": task.description,
             "function": function.__name__,
             "projection": dataclasses.asdict(projection),
             "modules": list(modules) if modules is not None else None,
             "moments": moments.fingerprint if moments is not None else None,
         }
-        path = self.cache_dir / "features" / f"{split.name}-{fingerprint(json.dumps(settings, sort_keys=True))}"
+        path = self.cache_dir / "features" / f"{split.name}-{fingerprint(self.store_dtype, settings)}"
         if path.exists():
             return FeatureStore(path)
         gradients = self.gradients(model, function, split, modules)
         divided = DividedGradients(gradients, moments) if moments is not None else gradients
-        return compute_features(path, split, divided, projection, settings, self.device, self.progress)
+        return compute_features(
+            path, split, divided, projection, settings, self.device, self.progress, self.store_dtype
+        )
 
     @functools.cached_property
     def weights(self) -> list[str]:

@@ -40,10 +40,11 @@ from hf_attribution.curvature.ridge import RidgeRegression
 from hf_attribution.data import Split, used_columns
 from hf_attribution.demo.acts import ACTS
 from hf_attribution.estimation.lasso import fit_lasso
-from hf_attribution.gradients.features import FeatureStore, compute_features
+from hf_attribution.gradients.features import compute_features
 from hf_attribution.gradients.per_example import PerExampleGradients
 from hf_attribution.gradients.projections import Projection
 from hf_attribution.methods.knn_shapley import knn_shapley_scores
+from hf_attribution.store import FeatureStore
 from hf_attribution.tasks import infer_task
 
 SECTIONS = ("features", "memory", "trak", "influence", "ekfac", "store", "scoring", "datamodel", "knn_shapley")

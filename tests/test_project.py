@@ -18,7 +18,7 @@ LAYERS = (
     ("artefacts", "scores", "part_scores", "subsets", "counterfactuals", "provenance", "reliability", "rows"),
     ("evaluation", "tuning", "estimation", "splits", "preprocessing", "blocks"),
     ("inputs", "logits", "tasks", "data", "optimizer_states"),
-    ("numbered",),
+    ("numbered", "store"),
     ("gradients",),
     ("curvature",),
     ("replay",),

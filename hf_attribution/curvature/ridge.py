@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hf_attribution.curvature.dual import DampedKernel
-from hf_attribution.gradients.features import FeatureStore
+from hf_attribution.store import FeatureStore
 
 
 class RidgeRegression:

@@ -8,8 +8,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_attribution.gradients.checks import refuse_non_finite
-from hf_attribution.gradients.features import FeatureStore
 from hf_attribution.gradients.held import Held, Source, concatenate
+from hf_attribution.store import FeatureStore
 
 # Bytes that the gradients of a block of rows may take; all other data are read once per block.
 BLOCK_BYTES = 2**30

@@ -151,6 +151,7 @@ class Kronecker(Preconditioned):
             "fingerprints": {
                 "model": weights_fingerprint(model),
                 "train": problem.train.fingerprint,
+                "inputs": problem.train.inputs_fingerprint,
                 "task": fingerprint(json.dumps(problem.task.description, sort_keys=True)),
             },
         }

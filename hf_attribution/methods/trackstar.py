@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from hf_attribution.curvature.dual import DampedKernel
 from hf_attribution.curvature.ridge import gram_matrix
-from hf_attribution.gradients.features import FeatureStore
 from hf_attribution.gradients.held import Source
 from hf_attribution.gradients.moments import second_moments
 from hf_attribution.gradients.projections import Projection
 from hf_attribution.methods.base import GradientMethod, Scored, positive_damping
 from hf_attribution.problem import Problem
+from hf_attribution.store import FeatureStore
 
 AUTO_DAMPING = 0.1
 

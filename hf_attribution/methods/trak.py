@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from hf_attribution.curvature.ridge import RidgeRegression
-from hf_attribution.gradients.features import FeatureStore
 from hf_attribution.gradients.projections import Projection
 from hf_attribution.methods.base import GradientMethod, Scored, positive_damping
 from hf_attribution.problem import Problem
+from hf_attribution.store import FeatureStore
 
 AUTO_DAMPING = 1.0
 
