@@ -44,7 +44,7 @@ from hf_attribution.gradients.features import compute_features
 from hf_attribution.gradients.per_example import PerExampleGradients
 from hf_attribution.gradients.projections import Projection
 from hf_attribution.methods.knn_shapley import knn_shapley_scores
-from hf_attribution.store import FeatureStore
+from hf_attribution.store import FeatureStore, FeatureWriter, Manifest
 from hf_attribution.tasks import infer_task
 
 SECTIONS = ("features", "memory", "trak", "influence", "ekfac", "store", "scoring", "datamodel", "knn_shapley")
@@ -231,28 +231,25 @@ def benchmark_store(arguments: Arguments, console: Console) -> None:
             console.print(f"{turn} call: {time.perf_counter() - started:.2f} s, {sum(rows)} rows collated")
 
 
+def synthetic_store(path: Path, rows: int, dim: int) -> FeatureStore:
+    """A store of random features, written as real ones are."""
+    writer, generator = FeatureWriter(path, Manifest(dim, "float32", {}, rows)), torch.Generator().manual_seed(0)
+    for start in range(0, rows, 8192):
+        where = np.arange(start, min(start + 8192, rows))
+        writer.write(where, torch.randn(len(where), dim, generator=generator), torch.zeros(len(where)))
+    return writer.finish()
+
+
 def benchmark_scoring(arguments: Arguments, console: Console) -> None:
     """TRAK's solve and scores from stored features of many examples, written to disk, in bounded memory."""
     examples, queries, dim = arguments.scoring_examples, arguments.scoring_queries, arguments.dim
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        stores = []
-        for name, rows in (("train", examples), ("query", queries)):
-            path = Path(folder) / name
-            path.mkdir()
-            manifest = {"schema_version": 1, "num_rows": rows, "dim": dim, "settings": {}}
-            (path / "manifest.json").write_text(json.dumps(manifest))
-            array = np.lib.format.open_memmap(path / "features.npy", mode="w+", dtype=np.float32, shape=(rows, dim))
-            rng = np.random.default_rng(0)
-            for start in range(0, rows, 10_000):
-                stop = min(start + 10_000, rows)
-                array[start:stop] = rng.standard_normal((stop - start, dim), dtype=np.float32)
-            array.flush()
-            del array
-            np.save(path / "values.npy", np.zeros(rows, dtype=np.float32))
-            stores.append(FeatureStore(path))
+        train, query = (
+            synthetic_store(Path(folder) / name, rows, dim) for name, rows in (("train", examples), ("query", queries))
+        )
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         started = time.perf_counter()
-        scores = RidgeRegression(stores[0], 1.0, stores[1]).scores()
+        scores = RidgeRegression(train, 1.0, query).scores()
         seconds = time.perf_counter() - started
         peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
     console.print(
