@@ -356,3 +356,51 @@ def test_a_truncated_sweep_is_the_end_of_the_whole(adam_run):
     assert torch.equal(scores, prepared.sweep(targets.clone(), first=first, storage="full")[0])
     earlier = prepared.sweep(targets.clone())[0] - scores
     assert earlier.abs().max() > 1e-3
+
+
+# Forward, by groups of examples
+
+
+@pytest.mark.parametrize("weights", [None, torch.linspace(0.5, 1.5, 12)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optim": "adamw_torch", "weight_decay": 0.1, "max_grad_norm": 0.3, "adam_epsilon": 1e-3},
+        {"gradient_accumulation_steps": 2, "max_grad_norm": 0.3, "weight_decay": 0.1},
+    ],
+    ids=["adamw", "sgd"],
+)
+def test_tangents_of_groups_are_sums_of_cotangents_scores(tmp_path, settings, weights):
+    """What is carried back for queries equals what is carried forward for groups."""
+    trainer = trainer_of(tmp_path, smooth(dropout=0.2), num_train_epochs=3, **settings)
+    trainer.train()
+    prepared = ready(trainer)
+    targets = targets_of(prepared, query_batch(), prepared.final(weights))
+    members = torch.eye(3, dtype=torch.float64)[torch.arange(12) % 3].T
+    for first in (0, 5):
+        tangents, lengths = prepared.push(members, weights, first, chunk=2)
+        assert len(lengths) == len(prepared.run.recording) - first
+        backward = prepared.sweep(targets.clone(), weights, first)[0] @ members.T
+        assert torch.allclose(targets @ tangents.T, backward, rtol=1e-9, atol=1e-12)
+    slow = dataclasses.replace(prepared, product=prepared.flat.double_backward)
+    assert torch.allclose(slow.push(members, weights, 5)[0], tangents, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "given"), [
+    (torch.optim.SGD, {"momentum": 0.8}),
+    (torch.optim.SGD, {"momentum": 0.8, "nesterov": True}),
+    (torch.optim.Adam, ADAM),
+])  # fmt: skip
+def test_tangents_of_groups_are_the_derivative_of_the_training(tmp_path, kind, given):
+    trainer = trainer_of(
+        tmp_path, trainer_class=with_optimizer(kind, **given), weight_decay=0.1, max_grad_norm=0.3,
+        learning_rate=0.1 if kind is torch.optim.SGD else 0.02,
+    )  # fmt: skip
+    trainer.train()
+    prepared = ready(trainer)
+    members = (torch.arange(12) < 5).double()[None]
+    (tangent,), _ = prepared.push(members)
+    h = 1e-4
+    ends = [prepared.final(1 + step * h * members[0]) for step in (-2, -1, 1, 2)]
+    expected = (ends[0] - 8 * ends[1] + 8 * ends[2] - ends[3]) / (12 * h)
+    assert float((tangent - expected).norm() / expected.norm()) < 1e-7

@@ -20,6 +20,7 @@ from hf_attribution.evaluation import evaluate_lds
 from hf_attribution.methods import SmoothedUnroll, Unroll
 from hf_attribution.numbered import ROW
 from hf_attribution.replay import recorder
+from hf_attribution.replay.diagnostics import random_removal
 from hf_attribution.replay.recording import Recording
 from hf_attribution.replay.run import RecordedRun, Replay
 from hf_attribution.retraining.weighted import SubsetWithPassengers, give_weights, weighted_class
@@ -86,6 +87,52 @@ def test_the_sum_of_queries_is_one_sweep(finished):
     total = finished.attribute(method=dataclasses.replace(QUICK, queries="sum")).values
     assert total.shape == (1, 24)
     assert np.allclose(total[0], each.sum(0), rtol=1e-3, atol=1e-6)
+
+
+def grouped(folder, finished, **given):
+    """The finished run's trainer, with a column of groups beside its rows."""
+    data, queries = (
+        rows.add_column("source", (["b", "a", "c"] * 8)[: len(rows)]).add_column("whole", [0] * len(rows))
+        for rows in (points(), points(7, seed=1))
+    )
+    trainer = make_trainer(
+        AttributionTrainer, folder, model_settings={"hidden": 4, "dropout": 0.1}, optim="adamw_torch",
+        trainer_settings={"train_dataset": data},
+    )  # fmt: skip
+    return trainer.attribute(queries, method=dataclasses.replace(QUICK, **given), recording=finished.recording_dir)
+
+
+def test_groups_are_sums_of_their_examples(finished, tmp_path, monkeypatch):
+    each = finished.attribute(points(7, seed=1), method=QUICK).values
+    found = grouped(tmp_path, finished, groups="source", radius=0.2)
+    choices = found.provenance["choices"]
+    assert choices["groups"] == ["a", "b", "c"]
+    expected = np.stack([each[:, start::3].sum(1) for start in (1, 0, 2)], axis=1)
+    np.testing.assert_allclose(found.values, expected, rtol=1e-3, atol=1e-5)
+    assert choices["tangent_growth"] > 0
+    assert choices["linearity"]["correlation"] > 0.9
+    assert choices["adam_epsilon"] == 1e-8
+    total = grouped(tmp_path, finished, groups="whole", queries="sum")
+    assert total.values.shape == (1, 1)
+    np.testing.assert_allclose(total.values[0, 0], each.sum(), rtol=1e-3)
+    last = grouped(tmp_path, finished, groups="source", last=0.5).values
+    monkeypatch.setattr("hf_attribution.replay.sweep.Differentiable.fitting_block", lambda self: 2)
+    np.testing.assert_allclose(grouped(tmp_path, finished, groups="source", last=0.5).values, last, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"no column 'play'.*source"):
+        grouped(tmp_path, finished, groups="play")
+    with pytest.raises(MismatchError, match="3 training examples"):
+        found.predict(Subsets.random(24, 2))
+
+
+def test_a_random_removal_takes_whole_groups_and_a_part_of_the_last():
+    weights, columns = torch.ones(10), torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 2, 2])
+    for seed in range(5):
+        of_groups, of_examples = random_removal(weights, columns, 0.4, seed)
+        assert float(of_examples.sum()) == pytest.approx(-4)
+        assert torch.equal(of_examples, of_groups[columns])
+        assert ((of_groups == 0) | (of_groups == -1)).sum() >= 2
+    alone = random_removal(weights, torch.arange(10), 0.3, 0)[1]
+    assert sorted(alone.tolist()) == [-1.0] * 3 + [0.0] * 7
 
 
 def test_blocks_of_queries(finished, monkeypatch):

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_attribution.curvature.operators import stacked
+from hf_attribution.evaluation import read_groups
 from hf_attribution.gradients.held import Source
 from hf_attribution.inputs import evaluating
 from hf_attribution.methods.base import Method, Scored
 from hf_attribution.problem import Problem
-from hf_attribution.replay.diagnostics import adam_is_rough, linearity
+from hf_attribution.replay.diagnostics import adam_is_rough, linearity, random_removal
+from hf_attribution.replay.recording import Recording
 from hf_attribution.replay.storage import STORAGES
 from hf_attribution.replay.sweep import Differentiable
 
@@ -28,6 +30,11 @@ class Unroll(Method):
     One sweep back through the recorded training (`record=True`) for all queries at once; exact to rounding. It
     predicts small removals from *this* run best; for random halves see `SmoothedUnroll`.
 
+    For few groups of examples and many queries there is the way forward: with `groups=` a column of the training
+    dataset, one tangent for each group is carried through the training, whatever the number of queries. The scores are
+    then `[Q, G]`: what a little more weight of all examples of a group does, the sum of their scores. Column g is the
+    group `scores.provenance["choices"]["groups"][g]`.
+
     Args:
         at: Where the derivative is taken. `"full"`: at the recorded training. `"mean"`: at a training in which every
             example has the weight `fraction`, the mean over the subsets that are asked about.
@@ -37,11 +44,13 @@ class Unroll(Method):
             curvature.
         queries: `"each"` scores every query; `"sum"` the sum of their measurements, in one sweep for all.
         storage: `"sqrt"`, `"tree"` or `"full"`: states between the recorded checkpoints, see `backward_in_time`. The
-            scores are the same, bit for bit.
+            scores are the same, bit for bit. Nothing is stored for groups.
         chunk: Products with the curvature that are taken at once; `"auto"` tries what is fastest.
         radius: The share of examples of a random removal at which the linear prediction is checked, by 2 more
             trainings; `None` for no check.
         seed: Of that removal.
+        groups: A column of the training dataset: score its groups instead of single examples. The removal at which
+            the prediction is checked is then of random groups, the last one in part.
     """
 
     at: str = "full"
@@ -53,6 +62,7 @@ class Unroll(Method):
     chunk: int | str = "auto"
     radius: float | None = 0.05
     seed: int = 0
+    groups: str | None = None
 
     name: ClassVar[str] = "unroll"
     paper: ClassVar[str] = "Ilyas & Engstrom 2025, MAGIC: near-optimal data attribution for deep learning"
@@ -76,26 +86,29 @@ class Unroll(Method):
             raise ValueError(f"chunk must be 'auto' or a positive number, not {self.chunk!r}.")
 
     def shape(self, problem: Problem) -> tuple[int, int]:
-        """One row per query, or one in all."""
-        return (1 if self.queries == "sum" else len(problem.query)), len(problem.train)
+        """One row per query, or one in all; one column per example, or per group."""
+        rows = 1 if self.queries == "sum" else len(problem.query)
+        return rows, len(problem.train) if self.groups is None else len(self._groups(problem)[0])
 
     def score(self, problem: Problem) -> Scored:
-        """Sweep back, a block of queries at a time.
+        """Sweep back, a block of queries at a time; or forward, a block of groups at a time.
 
         Args:
             problem: Model, task, data, and the recorded run.
 
         Returns:
-            Values `[Q, N]`; what was chosen, and the diagnostics.
+            Values `[Q, N]`, or `[Q, G]` for groups; what was chosen, and the diagnostics.
 
         Raises:
-            ValueError: If there is no recorded run, or it lacks the steps that are asked for.
+            ValueError: If there is no recorded run, it lacks the steps that are asked for, or there is no such column.
         """
         if problem.run is None:
             raise ValueError(
                 f"{self.name} differentiates through a recorded training: train an AttributionTrainer(..., "
                 f"record=True), then call trainer.attribute(queries, method={self.name!r})."
             )
+        self._groups(problem)
+        self._first_step(problem.run.recording)
         prepared = Differentiable.prepare(problem.run, problem.task, self.curvature)
         values, choices = self.differentiate(problem, prepared)
         return Scored(values.numpy(), choices)
@@ -108,49 +121,103 @@ class Unroll(Method):
             prepared: The run.
 
         Returns:
-            Values `[Q, N]`, float32 on the CPU, and what was chosen and found.
+            Values `[Q, N]` or `[Q, G]`, float32 on the CPU, and what was chosen and found.
 
         Raises:
             ValueError: If the recording lacks the steps that are asked for.
         """
         recording = prepared.run.recording
         weights = None if self.at == "full" else self.fraction * prepared.replay().example_weights
+        first = self._first_step(recording)
+        model = prepared.load(copy.deepcopy(problem.model), prepared.final(weights))
+        names, columns = self._groups(problem)
+        sweep = self._backward if self.groups is None else self._forward
+        with tqdm(desc=self.name, unit="step", disable=not problem.progress) as bar:
+            values, choices = sweep(problem, model, prepared, weights, first, bar)
+            if self.radius is not None:
+                measure = _measurement(problem, model, prepared, self.queries == "sum")
+                change = random_removal(prepared.replay(weights).example_weights, columns, self.radius, self.seed)
+                found = linearity(prepared, measure, values, weights, *change)
+                bar.set_postfix({key: value for key, value in found.items() if value is not None})
+                choices["linearity"] = {"radius": self.radius, **found}
+        choices |= {
+            "product": prepared.product_name,
+            "loss_divided_by": prepared.rule,
+            "steps": len(recording) - first,
+        }
+        if self.groups is not None:
+            choices["groups"] = names
+        if adam_is_rough(recording.optimizer):
+            choices["adam_epsilon"] = min(group.settings["eps"] for group in recording.optimizer.groups)
+        return values, choices
+
+    def _first_step(self, recording: Recording) -> int:
+        """The step to go back to."""
         first = math.floor((1 - self.last) * len(recording))
         if first < recording.first:
             share = 1 - recording.first / len(recording)
             raise ValueError(
                 f"The recording begins at step {recording.first} of {len(recording)}: use last={share:.3f} or less."
             )
-        parameters = prepared.final(weights)
-        model = prepared.load(copy.deepcopy(problem.model), parameters)
-        rows = self.shape(problem)[0]
+        return first
+
+    def _groups(self, problem: Problem) -> tuple[list[Any], Tensor]:
+        """The groups, and the number of each example's own, `[N]`; without `groups=` each example is its own."""
+        if self.groups is None:
+            return [], torch.arange(len(problem.train))
+        if not hasattr(problem.train_dataset, "column_names"):
+            raise ValueError(f"groups={self.groups!r} is a column: train on a datasets.Dataset that has it.")
+        found = read_groups(problem.train_dataset, self.groups, len(problem.train))
+        names, numbers = np.unique(np.asarray(found), return_inverse=True)
+        return names.tolist(), torch.from_numpy(numbers.reshape(-1))
+
+    def _backward(
+        self,
+        problem: Problem,
+        model: nn.Module,
+        prepared: Differentiable,
+        weights: Tensor | None,
+        first: int,
+        bar: tqdm,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Scores `[Q, N]`, by cotangents of the queries."""
+        rows, steps = self.shape(problem)[0], len(prepared.run.recording) - first
         block = min(rows, prepared.fitting_block())
         storage = prepared.fitting_storage(weights) if self.storage == "auto" else self.storage
         chunk = prepared.fastest_chunk(block) if self.chunk == "auto" else int(self.chunk)
-        steps = len(recording) - first
         values, growth = torch.empty(rows, len(problem.train)), []
-        with tqdm(
-            total=steps * math.ceil(rows / block), desc=self.name, unit="step", disable=not problem.progress
-        ) as bar:
-            for where, targets in self._targets(problem, model, prepared, block):
-                scores, lengths = prepared.sweep(targets, weights, first, storage, chunk, bar.update)
-                values[where] = scores.float().cpu()
-                growth.append(_growth(lengths))
-        choices: dict[str, Any] = {
-            "product": prepared.product_name,
-            "loss_divided_by": prepared.rule,
-            "storage": storage,
-            "chunk": chunk,
-            "block": block,
-            "steps": steps,
-            "cotangent_growth": float(np.median(growth)),
-        }
-        if adam_is_rough(recording.optimizer):
-            choices["adam_epsilon"] = min(group.settings["eps"] for group in recording.optimizer.groups)
-        if self.radius is not None:
-            measure = _measurement(problem, model, prepared, self.queries == "sum")
-            choices["linearity"] = linearity(prepared, measure, values, weights, self.radius, self.seed)
-        return values, choices
+        bar.reset(steps * math.ceil(rows / block))
+        for where, targets in self._targets(problem, model, prepared, block):
+            scores, lengths = prepared.sweep(targets, weights, first, storage, chunk, bar.update)
+            values[where] = scores.float().cpu()
+            growth.append(_growth(lengths))
+        found = {"cotangent_growth": float(np.median(growth))}
+        return values, {"storage": storage, "chunk": chunk, "block": block, **found}
+
+    def _forward(
+        self,
+        problem: Problem,
+        model: nn.Module,
+        prepared: Differentiable,
+        weights: Tensor | None,
+        first: int,
+        bar: tqdm,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Scores `[Q, G]`, by tangents of the groups."""
+        (rows, count), numbers = self.shape(problem), self._groups(problem)[1]
+        block = min(count, prepared.fitting_block())
+        chunk = prepared.fastest_chunk(block) if self.chunk == "auto" else int(self.chunk)
+        steps, tangents, growth = len(prepared.run.recording) - first, [], []
+        bar.reset(steps * math.ceil(count / block))
+        for some in torch.arange(count).split(block):
+            of_group = (numbers[None] == some[:, None]).double()
+            found, lengths = prepared.push(of_group, weights, first, chunk, bar.update)
+            tangents.append(found)
+            growth.append(_growth(lengths))
+        moved, values = torch.cat(tangents).T, torch.empty(rows, count)
+        for where, targets in self._targets(problem, model, prepared, block=64):
+            values[where] = (targets @ moved).float().cpu()
+        return values, {"chunk": chunk, "block": block, "tangent_growth": float(np.median(growth))}
 
     def _targets(
         self, problem: Problem, model: nn.Module, prepared: Differentiable, block: int
@@ -179,7 +246,7 @@ def _blocks(parts: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple
 
 
 def _growth(lengths: list[Tensor]) -> float:
-    """How much longer cotangents became on their way back, at most: the median over queries."""
+    """How much longer cotangents, or tangents, became on their way, at most: the median over queries, or groups."""
     stacked = torch.stack(lengths)
     return float((stacked.max(0).values / stacked[0].clamp(min=1e-30)).median())
 

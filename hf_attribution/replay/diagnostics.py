@@ -20,48 +20,67 @@ ROUGH = 0.3
 ROUGH_EPSILON = 1e-6
 
 
+def random_removal(weights: Tensor, columns: Tensor, radius: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw groups of examples to remove, at random, until they make up a share of all examples.
+
+    Args:
+        weights: The weights of the examples, `[N]`.
+        columns: The number of each example's group, `[N]`; each may be its own.
+        radius: The share of examples to remove. Of the last group only as much of its weight goes as is missing.
+        seed: Of the choice.
+
+    Returns:
+        Changes of the weights, of each group `[G]` and of each example `[N]`.
+    """
+    sizes = columns.bincount()
+    means = columns.bincount(weights.double()) / sizes
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(sizes)))
+    before = sizes[order].cumsum(0) - sizes[order]
+    share = torch.empty_like(means)
+    share[order] = ((max(1, round(radius * len(weights))) - before) / sizes[order]).clamp(0, 1).double()
+    of_groups = -share * means
+    return of_groups, of_groups[columns]
+
+
 def linearity(
     prepared: Differentiable,
     measure: Callable[[Tensor], Tensor],
     scores: Tensor,
     weights: Tensor | None,
-    radius: float,
-    seed: int,
+    change: Tensor,
+    of_examples: Tensor,
 ) -> dict[str, Any]:
-    """Compare the linear prediction with 2 trainings: one without random examples, and one with twice their weight.
+    """Compare the linear prediction with 2 trainings: one with a change of the weights, and one with its opposite.
 
     Args:
         prepared: The run.
         measure: The queries' measurements as a function of the last parameters, `[Q]`.
-        scores: The derivatives, `[Q, N]`.
+        scores: The derivatives, `[Q, G]`.
         weights: Where they were taken; `None` for the recorded run.
-        radius: The share of examples that is removed.
-        seed: Of their choice.
+        change: The change of each group's weight, `[G]`; see `random_removal`.
+        of_examples: The same of each example's weight, `[N]`.
 
     Returns:
-        `radius`; `slope` and `correlation` of actual on predicted changes over queries, for the removal;
-        `second_difference`: `|m₊ + m₋ - 2m| / |m₊ - m₋|`. `None` where the changes have no variance.
+        `slope` and `correlation` of actual on predicted changes over queries; `second_difference`:
+        `|m₊ + m₋ - 2m| / |m₊ - m₋|`. `None` where the changes have no variance.
     """
     base = prepared.replay(weights).example_weights.double()
-    generator = np.random.default_rng(seed)
-    removed = torch.from_numpy(generator.permutation(len(base))[: max(1, round(radius * len(base)))])
-    direction = torch.zeros_like(base)
-    direction[removed] = -base[removed]
     middle = measure(prepared.final(weights))
-    without, twice = (measure(prepared.final(base + sign * direction)) for sign in (1, -1))
-    predicted, actual = scores.double() @ direction, without - middle
-    found: dict[str, Any] = {"radius": radius, "slope": None, "correlation": None, "second_difference": None}
+    without, more = (measure(prepared.final(base + sign * of_examples)) for sign in (1, -1))
+    predicted, actual = scores.double() @ change, without - middle
+    found: dict[str, Any] = {"slope": None, "correlation": None, "second_difference": None}
     if float(predicted.norm()) > 0:
         found["slope"] = float(predicted @ actual / predicted.square().sum())
     if len(predicted) > 1 and float(predicted.std()) > 0 and float(actual.std()) > 0:
         found["correlation"] = float(torch.corrcoef(torch.stack([predicted, actual]))[0, 1])
-    if float((twice - without).norm()) > 0:
-        found["second_difference"] = float((twice + without - 2 * middle).norm() / (twice - without).norm())
+    if float((more - without).norm()) > 0:
+        found["second_difference"] = float((more + without - 2 * middle).norm() / (more - without).norm())
     shown = ", ".join(f"{key} {value:.3g}" for key, value in found.items() if value is not None)
-    logger.info(f"The derivative against trainings without a random {len(removed)} examples: {shown}.")
+    share = float(-of_examples.sum() / base.sum())
+    logger.info(f"The derivative against trainings without a random {share:.1%} of the examples: {shown}.")
     if found["second_difference"] is not None and found["second_difference"] > ROUGH:
         logger.warning(
-            f"Removing {radius:.0%} of the examples is not a small change to this training (second difference "
+            f"Removing {share:.1%} of the examples is not a small change to this training (second difference "
             f"{found['second_difference']:.2f} of the first): its derivative predicts little there. Average over "
             "masked runs with method='smoothed_unroll'."
         )

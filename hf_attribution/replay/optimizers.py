@@ -1,8 +1,7 @@
-"""Optimiser steps and gradient clipping as functions with a known vector-Jacobian product.
+"""The optimisers whose steps have a written derivative.
 
 A state is the flat parameters and the optimiser's moments, each `[P]`: `(θ,)` or `(θ, momentum)` for SGD,
-`(θ, m, v)` for Adam. Cotangents are the derivatives of M measurements by such a state, each `[M, P]`. Parameters lie
-in the order of the optimiser's groups, so that a group is a slice.
+`(θ, m, v)` for Adam. Parameters lie in the order of the optimiser's groups, so that a group is a slice.
 """
 
 import dataclasses
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_attribution.errors import UnsupportedError
+from hf_attribution.replay.jacobians import Clipping, StepDerivative, adam_jacobian, sgd_jacobian
 
 State = tuple[Tensor, ...]
 
@@ -22,7 +22,6 @@ OPTIMIZERS = {kind.__name__: kind for kind in (torch.optim.SGD, torch.optim.Adam
 MOMENTS = {"SGD": ("momentum_buffer",), "Adam": ("exp_avg", "exp_avg_sq"), "AdamW": ("exp_avg", "exp_avg_sq")}
 
 _MUST_BE_OFF = ("maximize", "amsgrad", "differentiable", "dampening", "capturable")
-_CLIP_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """An optimiser with a written vector-Jacobian product.
+    """An optimiser whose steps can be differentiated.
 
     Args:
         name: `"SGD"`, `"Adam"` or `"AdamW"`.
@@ -58,16 +57,10 @@ class Optimizer:
         groups = [{"settings": group.settings} for group in self.groups]
         return moments_of({"class": self.name, "groups": groups})
 
-    def pull_back(
-        self,
-        step: int,
-        rates: Sequence[float],
-        before: State,
-        after: State,
-        gradient: Tensor,
-        cotangents: list[Tensor],
-    ) -> Tensor:
-        """One step backward, without the gradient's own dependence on the parameters.
+    def derivative(
+        self, step: int, rates: Sequence[float], before: State, after: State, gradient: Tensor
+    ) -> StepDerivative:
+        """The derivative of one step, without the gradient's own dependence on the parameters.
 
         Args:
             step: The number of the step, from 0.
@@ -75,32 +68,24 @@ class Optimizer:
             before: The state before the step.
             after: The state after it.
             gradient: The gradient before clipping, `[P]`.
-            cotangents: By the state after the step; overwritten by those by the state before it.
 
         Returns:
-            Cotangents by the gradient before clipping, `[M, P]`.
+            The derivative.
         """
-        norm = gradient.norm() if self.max_norm > 0 else gradient.new_zeros(())
-        clip = self.max_norm / (norm + _CLIP_EPSILON) if self.max_norm > 0 else torch.ones_like(norm)
-        clips = bool(clip < 1)
-        clipped = gradient * clip if clips else gradient
-        found = torch.empty_like(cotangents[0])
-        pull = _pull_back_sgd if self.name == "SGD" else _pull_back_adam
+        clipping = Clipping.of(gradient, self.max_norm)
+        clipped, groups = clipping.clipped, []
         for group, rate in zip(self.groups, rates, strict=True):
             part = group.where
-            pull(
-                {**group.settings, "rate": rate, "step": step + 1, "decoupled": self.name == "AdamW"},
-                before[0][part],
-                [moment[part] for moment in after[1:]],
-                clipped[part],
-                [each[:, part] for each in cotangents],
-                found[:, part],
-            )
-        if clips:
-            # The norm depends on the gradient, too: a correction of rank one.
-            along = (found @ gradient) * (self.max_norm / (norm + _CLIP_EPSILON).square() / norm)
-            found.mul_(clip).addmm_(along[:, None], gradient[None], alpha=-1)
-        return found
+            if self.name == "SGD":
+                jacobian = sgd_jacobian(group.settings, rate, has_momentum=len(before) > 1)
+            else:
+                moments = [moment[part] for moment in after[1:]]
+                decoupled = self.name == "AdamW"
+                jacobian = adam_jacobian(
+                    group.settings, rate, step + 1, decoupled, before[0][part], moments, clipped[part]
+                )
+            groups.append((part, jacobian))
+        return StepDerivative(groups, clipping)
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
@@ -114,7 +99,7 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[int, str
         Its class and its groups: settings, and the names of their parameters.
 
     Raises:
-        UnsupportedError: If its steps have no written vector-Jacobian product; the message names class or setting.
+        UnsupportedError: If its steps have no written derivative; the message names class or setting.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     kind = type(optimizer).__name__
@@ -153,58 +138,3 @@ def group_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     left_out = ("params", "param_names", "lr", "initial_lr")
     settings = {name: value for name, value in group.items() if name not in left_out}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-
-
-def _pull_back_sgd(
-    group: Mapping[str, Any],
-    parameters: Tensor,
-    moments: Sequence[Tensor],
-    gradient: Tensor,
-    cotangents: Sequence[Tensor],
-    found: Tensor,
-) -> None:
-    """`b' = μ b + g + λθ` and `θ' = θ - η b'` (with Nesterov's momentum `θ' = θ - η (g + λθ + μ b')`)."""
-    rate, momentum, decay = group["rate"], group["momentum"], group["weight_decay"]
-    by_parameters = cotangents[0]
-    if not moments:
-        torch.mul(by_parameters, -rate, out=found)
-    else:
-        by_momentum = cotangents[1]
-        by_momentum.add_(by_parameters, alpha=-rate * (momentum if group["nesterov"] else 1))
-        found.copy_(by_momentum)
-        if group["nesterov"]:
-            found.add_(by_parameters, alpha=-rate)
-        by_momentum.mul_(momentum)
-    if decay:
-        by_parameters.add_(found, alpha=decay)
-
-
-def _pull_back_adam(
-    group: Mapping[str, Any],
-    parameters: Tensor,
-    moments: Sequence[Tensor],
-    gradient: Tensor,
-    cotangents: Sequence[Tensor],
-    found: Tensor,
-) -> None:
-    """`m' = β₁m + (1-β₁)g`, `v' = β₂v + (1-β₂)g²`, `θ' = θ - η m̂' / (√v̂' + ε)`; weight decay by θ' or by g."""
-    rate, decay, (beta1, beta2) = group["rate"], group["weight_decay"], group["betas"]
-    correction1, correction2 = 1 - beta1 ** group["step"], 1 - beta2 ** group["step"]
-    by_parameters, by_first, by_second = cotangents
-    first, second = moments
-    if decay and not group["decoupled"]:
-        gradient = gradient + decay * parameters
-    root = (second / correction2).sqrt()
-    denominator = root + group["eps"]
-    by_first.sub_(by_parameters * (rate / correction1 / denominator))
-    # Where v is 0 no gradient has come yet, m is 0, too, and θ does not depend on v.
-    ratio = torch.where(root > 0, first / root, 0)
-    by_second.add_(by_parameters * (ratio * (rate / correction1 / (2 * correction2)) / denominator.square()))
-    torch.mul(by_first, 1 - beta1, out=found)
-    found.addcmul_(by_second, gradient.expand_as(found), value=2 * (1 - beta2))
-    if decay and group["decoupled"]:
-        by_parameters.mul_(1 - rate * decay)
-    elif decay:
-        by_parameters.add_(found, alpha=decay)
-    by_first.mul_(beta1)
-    by_second.mul_(beta2)

@@ -64,6 +64,15 @@ class FlatModel:
         """The examples' losses `[B]`."""
         return self(self.task.losses, parameters, batch)
 
+    def gradients(self, parameters: Tensor, batch: Batch, coefficients: Tensor) -> Tensor:
+        """Gradients `[M, P]` of weighted sums of the losses, coefficients `[M, B]`: a backward pass for each sum."""
+        point, total = parameters.detach().requires_grad_(), parameters.new_zeros(len(coefficients), len(parameters))
+        with torch.enable_grad():
+            losses = self.losses(point, batch)
+            for number in coefficients.any(1).nonzero()[:, 0].tolist():
+                (total[number],) = torch.autograd.grad(losses, point, coefficients[number], retain_graph=True)
+        return total
+
     def forward_over_reverse(
         self, parameters: Tensor, batch: Batch, weights: Tensor, vectors: Tensor
     ) -> tuple[Tensor, Tensor]:

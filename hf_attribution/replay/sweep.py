@@ -1,10 +1,13 @@
-"""One sweep back through a training: the derivative of measurements by the weight of every training example.
+"""One sweep through a training: the derivative of what it ends with by the weights of the training examples.
 
 Training with weights w takes `θ', s' = step(θ, s, Σ_i w_i ∇l_i(θ) / d)`, and a measurement of the last parameters is a
 function of w. Going back, the cotangents by a step's state become those by the state before it, through the optimiser
 (in closed form) and through the gradient (a product with the loss' Hessian). An example's score is the sum over its
 steps of `u·∇l_i / d`, with u the cotangent by the step's gradient: reverse-mode differentiation of the whole
 training (Maclaurin et al. 2015; Engstrom et al. 2025; Ilyas & Engstrom 2025), for many measurements at once.
+
+Forward, the same derivatives carry a change of the weights to the change of the last parameters: one tangent for each
+group of examples serves any number of measurements.
 """
 
 import dataclasses
@@ -87,9 +90,7 @@ class Differentiable:
         if weights is None:
             return recording.state(len(recording))[0]
         replay = self.replay(weights)
-        replay.load(recording.first, recording.state(recording.first))
-        for _ in range(recording.first, len(recording)):
-            replay.advance()
+        self._go_to(replay, len(recording))
         return replay.state()[0]
 
     def load(self, model: nn.Module, parameters: Tensor) -> nn.Module:
@@ -177,7 +178,7 @@ class Differentiable:
         lengths = [targets.norm(dim=1)]
         for moment in backward_in_time(replay, recording.first if first is None else first, storage):
             rates = recording.step(moment.step).rates
-            by_gradient = replay.optimizer.pull_back(rates=rates, cotangents=cotangents, **moment._asdict())
+            by_gradient = replay.optimizer.derivative(rates=rates, **moment._asdict()).pull_back(cotangents)
             for part in replay.parts(moment.step):
                 coefficients = factors[part.rows].to(targets) / part.denominator
                 with random_state_kept():
@@ -186,12 +187,76 @@ class Differentiable:
                 cotangents[0] += found
                 scores.index_add_(1, part.rows.to(scores.device), tangents / part.denominator)
             lengths.append(cotangents[0].norm(dim=1))
-            if not bool(lengths[-1].isfinite().all()):
-                raise NonFiniteError(
-                    f"The derivative of query row {int((~lengths[-1].isfinite()).nonzero()[0])} is not finite "
-                    f"{len(recording) - moment.step} steps before the end (step {moment.step}): the training is too "
-                    "unstable to differentiate that far. Use a lower learning rate, a larger Adam epsilon, or last=."
-                )
+            where = f"{len(recording) - moment.step} steps before the end (step {moment.step})"
+            _refuse_non_finite(lengths[-1], "query row", where)
             if progress is not None:
                 progress()
         return scores, lengths
+
+    def push(
+        self,
+        directions: Tensor,
+        weights: Tensor | None = None,
+        first: int | None = None,
+        chunk: int = 16,
+        progress: Callable[[], Any] | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Differentiate the last parameters by the examples' weights along some directions, going forward.
+
+        Args:
+            directions: Changes of the weights, `[G, N]`.
+            weights: Weights of the examples, `[N]`, to differentiate at, instead of those of the recorded run.
+            first: The step from which on the weights change, by default the first.
+            chunk: How many products with the curvature are taken at once.
+            progress: Called after every step.
+
+        Returns:
+            Tangents of the last parameters `[G, P]`, and their lengths after each step, `[G]` each.
+
+        Raises:
+            NonFiniteError: If the tangents overflow; the message names the step.
+        """
+        replay, recording = self.replay(weights), self.run.recording
+        product, factors = in_chunks(self.product, chunk), replay.example_weights
+        start = recording.first if first is None else first
+        self._go_to(replay, start)
+        states = replay.state()
+        tangents = [part.new_zeros(len(directions), len(part)) for part in states]
+        lengths: list[Tensor] = []
+        for step in range(start, len(recording)):
+            before, gradient, after = states, replay.advance(), replay.state()
+            of_gradient = torch.zeros_like(tangents[0])
+            for part in replay.parts(step):
+                coefficients = factors[part.rows].to(gradient) / part.denominator
+                changes = directions[:, part.rows].to(gradient) / part.denominator
+                with random_state_kept():
+                    part.random.restore()
+                    of_gradient += product(before[0], part.inputs, coefficients, tangents[0])[0]
+                    part.random.restore()
+                    of_gradient += self.flat.gradients(before[0], part.inputs, changes)
+            rates = recording.step(step).rates
+            replay.optimizer.derivative(step, rates, before, after, gradient).push_forward(tangents, of_gradient)
+            states = after
+            lengths.append(tangents[0].norm(dim=1))
+            _refuse_non_finite(lengths[-1], "group", f"after step {step} of {len(recording)}")
+            if progress is not None:
+                progress()
+        return tangents[0], lengths
+
+    def _go_to(self, replay: Replay, step: int) -> None:
+        """Take a replay to a step, from the last state before it that is kept."""
+        recording = self.run.recording
+        # Another training than the recorded one shares only its beginning.
+        kept = [each for each in recording.checkpoints if each <= step] if replay.weights is None else []
+        start = kept[-1] if kept else recording.first
+        replay.load(start, recording.state(start))
+        while replay.step < step:
+            replay.advance()
+
+
+def _refuse_non_finite(lengths: Tensor, who: str, where: str) -> None:
+    if not bool(lengths.isfinite().all()):
+        raise NonFiniteError(
+            f"The derivative of {who} {int((~lengths.isfinite()).nonzero()[0])} is not finite {where}: the training "
+            "is too unstable to differentiate that far. Use a lower learning rate, a larger Adam epsilon, or last=."
+        )
