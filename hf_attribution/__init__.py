@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         estimate,
     )
     from hf_attribution.evaluation import LDSReport, evaluate_lds
+    from hf_attribution.hub.card import AttributionCardData
     from hf_attribution.methods import (
         BM25,
         METHODS,
@@ -80,6 +81,7 @@ _MODULES = {
         "estimate",
     ),
     "evaluation": ("LDSReport", "evaluate_lds"),
+    "hub.card": ("AttributionCardData",),
     "methods": (
         "BM25",
         "METHODS",
@@ -119,6 +121,7 @@ __all__ = [
     "ESTIMATORS",
     "LOO",
     "METHODS",
+    "AttributionCardData",
     "AttributionMixin",
     "AttributionTrainer",
     "Banzhaf",

@@ -8,22 +8,24 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from hf_attribution.artefacts import Artefact, first_non_finite, freeze
+from hf_attribution.artefacts import first_non_finite, freeze
 from hf_attribution.errors import MismatchError, NonFiniteError
 from hf_attribution.provenance import merge_provenance
 from hf_attribution.reliability import seed_agreement, spearman_brown
-from hf_attribution.rows import from_rows, to_rows
+from hf_attribution.rows import TabularArtefact, from_rows, to_rows
 from hf_attribution.seals import fingerprint, plain_json
 from hf_attribution.subsets import Subsets
 
 if TYPE_CHECKING:
     import datasets
 
+    from hf_attribution.hub.card import AttributionCardData
+
 __all__ = ["Counterfactuals", "Subsets"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Counterfactuals(Artefact):
+class Counterfactuals(TabularArtefact):
     """The measured output of every query after training on every subset with every seed: the ground truth.
 
     The array is not copied if it is float32, but seen through a read-only view: do not write to it
@@ -218,6 +220,39 @@ class Counterfactuals(Artefact):
         num_seeds = int(columns["seed"][-1]) + 1
         outputs = columns["outputs"].reshape(-1, num_seeds, columns["outputs"].shape[1])
         return cls._unpack({"masks": columns["mask"][::num_seeds], "outputs": outputs}, metadata)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        card_data: AttributionCardData | None = None,
+    ) -> str:
+        """Push to a dataset repository on the Hub: tables that its viewer shows, and a card, in one commit or none.
+
+        The next person measures against it: `evaluate_lds(scores, Counterfactuals.from_hub(repo_id))`. Configuration
+        `queries` (the default) has a row a query, `counterfactuals` a row a retraining.
+
+        Args:
+            repo_id: `"user/name"`, or `"name"` for your own. It is made if it is missing.
+            private: Whether a new repository is private; an existing one that is not as it is said is refused.
+            revision: The branch, by default the main one. It is made if it is missing.
+            token: A token that may write; by default that of `hf auth login` or HF_TOKEN.
+            card_data: What only you know: licence, models and datasets that are not from the Hub.
+
+        Returns:
+            The URL of the commit.
+
+        Raises:
+            HubError: No token, a repository that holds something else or is public and should be private, no network.
+            ArtefactError: The card was edited so that it cannot be read, or the repository is of a newer schema.
+        """
+        from hf_attribution.hub.access import Place
+        from hf_attribution.hub.push import push_counterfactuals
+
+        return push_counterfactuals(self, Place(repo_id, revision, token), private, card_data)
 
     def _pack(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         description = {"description": self.subsets.description}

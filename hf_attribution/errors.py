@@ -19,3 +19,7 @@ class UnsupportedError(ValueError):
 
 class ConvergenceError(ArithmeticError):
     """An iterative solver did not reach its tolerance. The message names the residual it reached."""
+
+
+class HubError(OSError):
+    """The Hub refused or could not be reached: no token, no such repository, a name that is taken, no network."""

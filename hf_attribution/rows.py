@@ -2,17 +2,54 @@
 
 from __future__ import annotations
 
+import abc
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_attribution.artefacts import Artefact
 from hf_attribution.errors import ArtefactError
 from hf_attribution.seals import open_seal, seal, unseal
 
 if TYPE_CHECKING:
     import datasets
+    from typing_extensions import Self
+
+
+class TabularArtefact(Artefact):
+    """What `Scores`, `Subsets` and `Counterfactuals` share: they become tables, and come back from the Hub."""
+
+    @abc.abstractmethod
+    def to_dataset(self) -> datasets.Dataset:
+        """Return this as a sealed table: see `to_rows`."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_dataset(cls, dataset: datasets.Dataset) -> Self:
+        """Return what `to_dataset` was given."""
+
+    @classmethod
+    def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> Self:
+        """Fetch what `push_to_hub` pushed, or find it in the cache, and check all of it.
+
+        Args:
+            repo_id: The dataset repository, `"user/name"`.
+            revision: Branch, tag or commit; by default the main branch.
+            token: A token for private repositories; by default that of `hf auth login` or HF_TOKEN.
+
+        Returns:
+            The artefact, with the fingerprint that it had.
+
+        Raises:
+            HubError: There is no such repository, or it is not for you, or the Hub could not be reached.
+            ArtefactError: It holds something else, of a newer schema, or not what was pushed.
+        """
+        from hf_attribution.hub.access import Place
+        from hf_attribution.hub.tables import download
+
+        return cls.from_dataset(download(Place(repo_id, revision, token), cls.kind))
 
 
 def to_rows(kind: str, columns: Mapping[str, np.ndarray], metadata: Mapping[str, Any], title: str) -> datasets.Dataset:
@@ -71,11 +108,16 @@ def from_rows(dataset: datasets.Dataset, kind: str) -> tuple[dict[str, np.ndarra
         )
     table = dataset.with_format("arrow")[:]
     fields = open_seal(table["metadata"][0].as_py(), kind, "The dataset")
-    columns = {name: _to_numpy(table[name]) for name in table.column_names if name != "metadata"}
+    columns = {name: column_to_numpy(table[name]) for name in table.column_names if name != "metadata"}
     return columns, unseal(fields, columns, "The dataset")
 
 
-def _to_numpy(column: Any) -> np.ndarray:
+def column_to_numpy(column: Any) -> np.ndarray:
+    """Return a column of an Arrow table as `[rows]`, or `[rows, width]` if it holds lists of fixed length.
+
+    Raises:
+        ArtefactError: It has empty cells.
+    """
     import pyarrow as pa
 
     if column.null_count:

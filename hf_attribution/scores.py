@@ -8,19 +8,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from hf_attribution.artefacts import Artefact, first_non_finite, freeze
+from hf_attribution.artefacts import first_non_finite, freeze
 from hf_attribution.counterfactuals import Subsets
 from hf_attribution.errors import MismatchError, NonFiniteError
 from hf_attribution.provenance import merge_provenance
-from hf_attribution.rows import from_rows, to_rows
+from hf_attribution.rows import TabularArtefact, from_rows, to_rows
 from hf_attribution.seals import plain_json
 
 if TYPE_CHECKING:
     import datasets
 
+    from hf_attribution.counterfactuals import Counterfactuals
+    from hf_attribution.hub.card import AttributionCardData
+
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Scores(Artefact):
+class Scores(TabularArtefact):
     """One score for each query and training example: what *including* it adds to the measured output.
 
     Rows and columns are positions in the datasets that were passed in. The array is not copied if it is
@@ -209,6 +212,91 @@ class Scores(Artefact):
         """Return what `to_dataset` was given, also after Parquet or the Hub, or raise `ArtefactError`."""
         columns, metadata = from_rows(dataset, cls.kind)
         return cls._unpack({"values": columns["scores"]}, metadata)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        top_k: int = 10,
+        train_dataset: datasets.Dataset | None = None,
+        query_dataset: datasets.Dataset | None = None,
+        counterfactuals: Counterfactuals | None = None,
+        card_data: AttributionCardData | None = None,
+    ) -> str:
+        """Push to a dataset repository on the Hub: tables that its viewer shows, and a card, in one commit or none.
+
+        Configuration `top` (the default) has a row for each query and rank, `bottom` likewise, `scores` a row a query.
+        To push again is to go on where an upload was cut, to replace other scores, or to do nothing; what was written
+        into the card by hand stays.
+
+        Args:
+            repo_id: `"user/name"`, or `"name"` for your own. It is made if it is missing.
+            private: Whether a new repository is private; an existing one that is not as it is said is refused.
+            revision: The branch, by default the main one. It is made if it is missing.
+            token: A token that may write; by default that of `hf auth login` or HF_TOKEN.
+            top_k: How many training examples of each query `top` and `bottom` show.
+            train_dataset: The training set. The columns of these examples are published; `select_columns` chooses.
+            query_dataset: The queries, likewise, as columns `query_...`.
+            counterfactuals: Retrainings to measure the LDS by, which the card tells with its protocol.
+            card_data: What only you know: licence, language, models and datasets that are not from the Hub.
+
+        Returns:
+            The URL of the commit.
+
+        Raises:
+            HubError: No token, a repository that holds something else or is public and should be private, no network.
+            ArtefactError: The card was edited so that it cannot be read, or the repository is of a newer schema.
+            MismatchError: A dataset has another number of rows, or the counterfactuals are of other data.
+        """
+        from hf_attribution.evaluation import evaluate_lds
+        from hf_attribution.hub.access import Place
+        from hf_attribution.hub.push import push_scores
+
+        report = None if counterfactuals is None else evaluate_lds(self, counterfactuals, train_dataset)
+        place = Place(repo_id, revision, token)
+        return push_scores(self, place, private, card_data, top_k, train_dataset, query_dataset, report)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        queries: slice | None = None,
+    ) -> Scores:
+        """Fetch what `push_to_hub` pushed, or only the rows of some queries.
+
+        Args:
+            repo_id: The dataset repository, `"user/name"`.
+            revision: Branch, tag or commit; by default the main branch.
+            token: A token for private repositories; by default that of `hf auth login` or HF_TOKEN.
+            queries: Which queries, by position: their rows alone are read, over the network. Damage is noticed by
+                checksums; the fingerprint of the whole cannot be compared. Their numbers are kept in the provenance,
+                and the fingerprint of the query dataset, which they are not, is left out.
+
+        Returns:
+            The scores.
+
+        Raises:
+            HubError: There is no such repository, or it is not for you, or the Hub could not be reached.
+            ArtefactError: It holds something else, of a newer schema, or not what was pushed.
+            IndexError: `queries` holds none.
+        """
+        if queries is None:
+            return super().from_hub(repo_id, revision=revision, token=token)
+        from hf_attribution.hub.access import Place
+        from hf_attribution.hub.tables import read_rows
+
+        columns, metadata, rows = read_rows(Place(repo_id, revision, token), cls.kind, "query", queries)
+        fingerprints = dict(metadata["provenance"].get("fingerprints", {}))
+        fingerprints.pop("query", None)
+        provenance = {**metadata["provenance"], "fingerprints": fingerprints}
+        provenance["queries"] = [rows.start, rows.stop, rows.step]
+        return cls._unpack({"values": columns["scores"]}, {**metadata, "provenance": provenance})
 
     def _pack(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         metadata = {"method": self.method, "settings": self.settings, "provenance": self.provenance}

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from hf_attribution.artefacts import Artefact, freeze
+from hf_attribution.artefacts import freeze
 from hf_attribution.errors import MismatchError
-from hf_attribution.rows import from_rows, to_rows
+from hf_attribution.rows import TabularArtefact, from_rows, to_rows
 from hf_attribution.seals import fingerprint, plain_json
 
 if TYPE_CHECKING:
     import datasets
+
+    from hf_attribution.hub.card import AttributionCardData
 
 
 # Drawn to be compared with the whole training set, which elsewhere is a row that nobody meant.
@@ -22,7 +24,7 @@ _WITH_WHOLE = ("whole", "leave_one_out", "permutations", "joined")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Subsets(Artefact):
+class Subsets(TabularArtefact):
     """Subsets of a training set, one a row: which examples are trained on.
 
     The mask array is not copied (memory matters at 1,000 x 1,000,000) but seen through a read-only view: do
@@ -323,6 +325,38 @@ class Subsets(Artefact):
         """Return what `to_dataset` was given, also after Parquet or the Hub, or raise `ArtefactError`."""
         columns, metadata = from_rows(dataset, cls.kind)
         return cls._unpack({"masks": columns["mask"]}, metadata)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        card_data: AttributionCardData | None = None,
+    ) -> str:
+        """Push to a dataset repository on the Hub: tables that its viewer shows, and a card, in one commit or none.
+
+        Whoever retrains on the same subsets has outputs that can be compared.
+
+        Args:
+            repo_id: `"user/name"`, or `"name"` for your own. It is made if it is missing.
+            private: Whether a new repository is private; an existing one that is not as it is said is refused.
+            revision: The branch, by default the main one. It is made if it is missing.
+            token: A token that may write; by default that of `hf auth login` or HF_TOKEN.
+            card_data: What only you know: licence, models and datasets that are not from the Hub.
+
+        Returns:
+            The URL of the commit.
+
+        Raises:
+            HubError: No token, a repository that holds something else or is public and should be private, no network.
+            ArtefactError: The card was edited so that it cannot be read, or the repository is of a newer schema.
+        """
+        from hf_attribution.hub.access import Place
+        from hf_attribution.hub.push import push_subsets
+
+        return push_subsets(self, Place(repo_id, revision, token), private, card_data)
 
     def _pack(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         return {"masks": self.masks}, {"description": self.description}

@@ -15,8 +15,9 @@ PACKAGE = ROOT / "hf_attribution"
 # From the bottom up. A module or folder imports from its own line and from the lines above it.
 LAYERS = (
     ("errors", "seeds", "seals", "metric_cache", "arguments", "catalogue"),
-    ("artefacts", "scores", "part_scores", "subsets", "counterfactuals", "provenance", "reliability", "rows"),
-    ("evaluation", "tuning", "estimation", "splits", "preprocessing", "blocks"),
+    ("artefacts", "part_scores", "subsets", "counterfactuals", "provenance", "reliability", "rows")
+    + ("scores", "evaluation", "hub"),  # scores push themselves, with what they are worth
+    ("tuning", "estimation", "splits", "preprocessing", "blocks"),
     ("inputs", "logits", "tasks", "data", "optimizer_states"),
     ("numbered", "store"),
     ("gradients",),
@@ -27,7 +28,7 @@ LAYERS = (
     ("simfluence",),
     ("ensemble",),
     ("checkpoints", "attribution"),
-    ("trainer", "hub", "report", "workspace"),
+    ("trainer", "report", "workspace"),
     ("studies", "debugging"),
     ("demo", "cli"),
 )

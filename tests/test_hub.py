@@ -1,0 +1,571 @@
+"""The Hub, over HTTP: pushing, pushing again, failures on the way, cards, and reading back.
+
+`HF_ENDPOINT` is read when `huggingface_hub` is imported, so that everything here runs in processes of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hub_server import Hub
+
+from hf_attribution import Scores
+
+ROOT = Path(__file__).parents[1]
+
+WORKER = """
+import contextlib, io, json, sys, traceback
+from hf_attribution import *
+from hf_attribution.subsets import Subsets
+import datasets, numpy as np
+datasets.disable_progress_bars()
+names = dict(globals())
+for line in sys.stdin:
+    printed, answer = io.StringIO(), {}
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(json.loads(line), names)
+    except BaseException as error:
+        answer = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    print(json.dumps({**answer, "printed": printed.getvalue()}), flush=True)
+"""
+
+
+def environment(url, folder, token="hf_writer"):
+    unset = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_TOKEN")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    cache = {"HF_HOME": str(folder), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return {**kept, **cache, "HF_ENDPOINT": url, "PYTHONPATH": str(ROOT), **({"HF_TOKEN": token} if token else {})}
+
+
+class Client:
+    """A process in which code runs, with the Hub of the tests as its Hub."""
+
+    def __init__(self, url, folder, token="hf_writer"):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER], env=environment(url, folder, token), cwd=folder, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def ask(self, code):
+        self.process.stdin.write(json.dumps(textwrap.dedent(code)) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else None  # None: it died
+
+    def run(self, code):
+        """What the code prints."""
+        answer = self.ask(code)
+        assert "error" not in answer, answer["traceback"]
+        return answer["printed"].strip()
+
+    def fails(self, code):
+        """The error of code that fails."""
+        answer = self.ask(code)
+        assert "error" in answer, f"nothing failed; it printed {answer['printed']!r}"
+        return answer["error"]
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with Hub() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory):
+    each = Client(hub.url, tmp_path_factory.mktemp("client"))
+    each.run(
+        """
+        def make_scores(seed=0, num_queries=6, num_examples=40):
+            rng = np.random.default_rng(seed)
+            provenance = {"fingerprints": {"train": "t", "query": "q"}, "measurement": "margin", "seconds": 1.5}
+            return Scores(rng.normal(size=(num_queries, num_examples)), "trak", {"dim": 8}, provenance)
+
+        def make_truth(scores, num_subsets=30, seeds=2):
+            subsets = Subsets.random(scores.values.shape[1], num_subsets)
+            noise = np.random.default_rng(1).normal(size=(num_subsets, seeds, len(scores.values)))
+            protocol = {"name": "resampled", "measurement": "margin", "order": "fresh", "initial_weights": "fresh"}
+            return Counterfactuals(subsets, scores.predict(subsets).T[:, None] + noise, protocol)
+
+        label = datasets.ClassLabel(names=["bad", "good"])
+        train = datasets.Dataset.from_dict({"text": [f"naïve Ω {i} 🤗" for i in range(40)], "label": [0, 1] * 20})
+        train = train.cast_column("label", label)
+        """
+    )
+    yield each
+    each.close()
+
+
+def card(hub, name):
+    return hub.repos[name].files["README.md"].content.decode()
+
+
+def front_matter(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_scores_go_and_come_back(hub, client):
+    scores = Scores(np.random.default_rng(0).normal(size=(6, 40)), "trak", {"dim": 8})
+    url = client.run("print(make_scores().push_to_hub('ada/first', train_dataset=train, top_k=3))")
+    assert url.startswith(f"{hub.url}/datasets/ada/first/commit/")
+    repo = hub.repos["datasets/ada/first"]
+    assert len(repo.titles) == 2  # all of it in one commit, after that which made the repository
+    assert set(repo.files) == {
+        ".gitattributes", "README.md", "bottom/train-00000-of-00001.parquet", "scores/train-00000-of-00001.parquet",
+        "top/train-00000-of-00001.parquet",
+    }  # fmt: skip
+    client.run("back = Scores.from_hub('ada/first'); assert back.fingerprint == make_scores().fingerprint")
+    assert json.loads(client.run("print(back.values.tolist())")) == scores.values.tolist()
+
+
+def test_pushing_the_same_again_commits_nothing(hub, client):
+    first = client.run("print(make_scores().push_to_hub('ada/again', train_dataset=train))")
+    sent = len(hub.asked("PUT /objects/"))
+    assert client.run("print(make_scores().push_to_hub('ada/again', train_dataset=train))") == first
+    assert len(hub.repos["datasets/ada/again"].titles) == 2
+    assert len(hub.asked("PUT /objects/")) == sent
+    client.run("make_scores(seed=1).push_to_hub('ada/again', train_dataset=train)")
+    assert len(hub.repos["datasets/ada/again"].titles) == 3
+    client.run("assert Scores.from_hub('ada/again').fingerprint == make_scores(seed=1).fingerprint")
+    revision = first.rsplit("/", 1)[1]
+    client.run(f"old = Scores.from_hub('ada/again', revision='{revision}')")
+    client.run("assert old.fingerprint == make_scores().fingerprint")
+
+
+def test_a_stranger_reads_it_with_datasets_alone(hub, client, tmp_path):
+    client.run("make_scores().push_to_hub('ada/plain', train_dataset=train, query_dataset=train.select(range(6)))")
+    script = """
+        import sys
+        from datasets import load_dataset
+        top = load_dataset("ada/plain", split="train")  # the default configuration
+        assert top.column_names == [
+            "query", "rank", "train_index", "score", "text", "label", "query_text", "query_label"
+        ], top.column_names
+        assert len(top) == 60 and top[0]["rank"] == 1
+        assert top.features["label"].names == ["bad", "good"]
+        assert top[0]["text"] == f"naïve Ω {top[0]['train_index']} 🤗" and top[59]["query_text"] == "naïve Ω 5 🤗"
+        assert top[0]["score"] >= top[1]["score"]
+        dense = load_dataset("ada/plain", "scores", split="train")
+        assert dense.features["scores"].length == 40
+        assert dense[3]["scores"][top[30]["train_index"]] == top[30]["score"]
+        stream = load_dataset("ada/plain", "scores", split="train", streaming=True)
+        assert next(iter(stream))["scores"] == dense[0]["scores"]
+        assert not [name for name in sys.modules if name.startswith("hf_attribution")]
+        print("read")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environment(hub.url, tmp_path, token=None),
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "read"
+
+
+def test_the_card_tells_what_it_is_and_how_well_it_does(hub, client):
+    client.run(
+        """
+        said = AttributionCardData(
+            model_id="ada/bert", model_revision="0123456789abcdef", dataset_id="nyu-mll/glue", license="cc-by-4.0",
+            language="en", tags=["sentiment"], citation="@misc{ada}",
+        )
+        scores = make_scores()
+        scores.push_to_hub("ada/card", train_dataset=train, counterfactuals=make_truth(scores), card_data=said)
+        print(evaluate_lds(scores, make_truth(scores), train).lds)
+        """
+    )
+    text = card(hub, "datasets/ada/card")
+    metadata = front_matter(text)
+    assert metadata["license"] == "cc-by-4.0"
+    assert metadata["language"] == "en"
+    assert metadata["source_datasets"] == ["nyu-mll/glue"]
+    assert {"hf_attribution", "training-data-attribution", "trak", "sentiment"} <= set(metadata["tags"])
+    assert [config["config_name"] for config in metadata["configs"]] == ["top", "bottom", "scores"]
+    assert [config.get("default") for config in metadata["configs"]] == [True, None, None]
+    (result,) = metadata["model-index"][0]["results"]
+    plain, partial = result["metrics"]
+    lds = float(client.run("print(evaluate_lds(scores, make_truth(scores), train).lds)"))
+    assert plain["type"] == "lds"
+    assert plain["value"] == pytest.approx(lds, abs=1e-4)
+    assert plain["args"]["name"] == "resampled"
+    assert plain["args"]["num_subsets"] == 30
+    assert plain["args"]["seeds"] == 2
+    assert plain["args"]["confidence_interval"][0] < lds < plain["args"]["confidence_interval"][1]
+    assert lds < plain["args"]["noise_ceiling"] + 0.2
+    assert partial["type"] == "partial_lds"
+    for line in (
+        "| model | [ada/bert](https://huggingface.co/ada/bert/tree/0123456789abcdef) at `0123456789ab` |",
+        "| training data | [nyu-mll/glue](https://huggingface.co/datasets/nyu-mll/glue) |",
+        "| measured output | margin |",
+        f"| LDS | {lds:.3f} | ",
+        "| order | fresh |",
+        'scores = Scores.from_hub("ada/card")',
+        'load_dataset("ada/card", "top", split="train")',
+        "@misc{ada}",
+    ):
+        assert line in text, text
+
+
+def test_the_code_in_a_card_runs_as_it_stands(hub, client):
+    client.run("scores = make_scores(); make_truth(scores).push_to_hub('ada/shown-truth')")
+    client.run("scores.push_to_hub('ada/shown')")
+    for name in ("shown", "shown-truth"):
+        code = card(hub, f"datasets/ada/{name}").split("```python\n")[1].split("```")[0]
+        assert "from_hub" in code
+        client.run(code)
+    assert client.run("print(first.values.shape)") == "(6, 40)"
+
+
+def test_a_card_edited_by_hand_is_kept(hub, client):
+    name = "datasets/ada/edited"
+    client.run("make_scores().push_to_hub('ada/edited')")
+    text = card(hub, name)
+    edited = text.replace("pretty_name:", "license: mit\nannotations_creators: [ada]\npretty_name:")
+    edited = edited.replace(
+        "<!-- hf_attribution: begin -->", "Mine, above: naïve 🤗\n\n<!-- hf_attribution: begin -->"
+    )
+    edited = edited.replace("- trak", "- trak\n- mine") + "\nMine, below.\n"
+    hub.add(name, "README.md", edited.encode())
+    client.run("make_scores(seed=1).push_to_hub('ada/edited')")
+    after = card(hub, name)
+    assert "Mine, above: naïve 🤗\n\n<!-- hf_attribution: begin -->" in after
+    assert after.endswith("<!-- hf_attribution: end -->\n\nMine, below.\n")
+    metadata = front_matter(after)
+    assert metadata["license"] == "mit"
+    assert metadata["annotations_creators"] == ["ada"]
+    assert "mine" in metadata["tags"]
+    assert after.count("## Load it") == 1
+    assert text.split("fingerprint | ")[1][:32] not in after  # that part is written anew
+    titles = len(hub.repos[name].titles)
+    client.run("make_scores(seed=1).push_to_hub('ada/edited')")
+    assert len(hub.repos[name].titles) == titles
+
+
+def test_a_card_written_before_the_first_push_is_kept(hub, client):
+    hub.create("datasets/ada/early")
+    hub.add("datasets/ada/early", "README.md", b"# My scores\n\nNotes without metadata.\n")
+    client.run("make_scores().push_to_hub('ada/early')")
+    text = card(hub, "datasets/ada/early")
+    assert text.split("---\n")[2].startswith("# My scores\n\nNotes without metadata.\n\n<!-- hf_attribution: begin")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("---\ntags: [a\n---\n# Mine\n", "metadata between the --- lines"),
+        ("---\n- a\n---\n# Mine\n", "metadata between the --- lines"),
+        ("# Mine <!-- hf_attribution: begin -->\n", "should have one of each"),
+        ("<!-- hf_attribution: end --> <!-- hf_attribution: begin -->\n", "should have one of each"),
+    ],
+)
+def test_a_card_that_cannot_be_merged_is_refused_before_anything_is_sent(hub, client, text, message):
+    hub.create("datasets/ada/broken")
+    hub.add("datasets/ada/broken", "README.md", text.encode())
+    sent = len(hub.asked("^(PUT|POST .*commit)"))
+    error = client.fails("make_scores().push_to_hub('ada/broken')")
+    assert error.startswith("ArtefactError: ")
+    assert message in error
+    assert "ada/broken" in error
+    assert card(hub, "datasets/ada/broken") == text
+    assert len(hub.asked("^(PUT|POST .*commit)")) == sent
+
+
+def test_text_that_is_html_or_markdown_or_half_a_character_stays_text(hub, client):
+    client.run(
+        r"""
+        odd = {"note": "<script>alert(1)</script> | ``` <!-- hf_attribution: end --> \ud83d", "emoji": "🤗 Ω"}
+        scores = Scores(np.eye(3), "my | <b>method</b>\n# big", odd, {"measurement": "a|b <i>"})
+        rows = datasets.Dataset.from_dict({"te|xt. 🤗": ["\u202eabc\u0000", "<img src=x>", "e\u0301"]})
+        scores.push_to_hub("ada/odd", train_dataset=rows)
+        scores.push_to_hub("ada/odd", train_dataset=rows)
+        back = Scores.from_hub("ada/odd")
+        assert back.settings == odd and back.method == scores.method
+        top = datasets.load_dataset("ada/odd", split="train")
+        assert top[0]["te|xt. 🤗"] == "\u202eabc\u0000"
+        """
+    )
+    text = card(hub, "datasets/ada/odd")
+    assert len(hub.repos["datasets/ada/odd"].titles) == 2
+    assert "<script>" not in text
+    assert "<b>" not in text.split("---\n")[2]
+    assert "<i>" not in text
+    assert "\n# big" not in text
+    assert text.count("<!-- hf_attribution: end -->") == 1
+
+
+def test_images_in_files_are_taken_along(hub, client, tmp_path):
+    client.run(
+        f"""
+        from pathlib import Path
+        from PIL import Image
+        paths = [str(Path({str(tmp_path)!r}) / f"{{i}}.png") for i in range(3)]
+        for i, path in enumerate(paths):
+            Image.new("L", (4, 4), 50 * i).save(path)
+        pictures = datasets.Dataset.from_dict({{"image": paths}}).cast_column("image", datasets.Image())
+        Scores(np.eye(3), "trak").push_to_hub("ada/images", train_dataset=pictures, top_k=1)
+        for path in paths:
+            Path(path).unlink()
+        top = datasets.load_dataset("ada/images", split="train")
+        print([row["image"].getpixel((0, 0)) for row in top])
+        """
+    )
+    assert client.run("print([row['image'].getpixel((0, 0)) for row in top])") == "[0, 50, 100]"
+
+
+# Who may
+
+
+def test_without_a_token_nothing_is_asked(hub, client):
+    asked = len(hub.requests)
+    error = client.fails("make_scores().push_to_hub('ada/tokenless', token=False)")
+    assert error.startswith("HubError: ")
+    assert "hf auth login" in error
+    assert len(hub.requests) == asked
+
+
+@pytest.mark.parametrize(
+    ("token", "name", "message"),
+    [
+        ("hf_reader", "ada/readonly", "write access to 'ada'"),
+        ("hf_revoked", "ada/revoked", "the token is not valid"),
+        ("hf_writer", "bob/theirs", "write access to 'bob'"),
+    ],
+)
+def test_a_token_that_may_not_is_explained(hub, client, token, name, message):
+    error = client.fails(f"make_scores().push_to_hub('{name}', token='{token}')")
+    assert error.startswith(f"HubError: Cannot push to {name}: ")
+    assert message in error
+    assert f"datasets/{name}" not in hub.repos
+
+
+def test_a_private_repository_is_not_for_everybody(hub, client):
+    client.run("make_scores().push_to_hub('ada/secret', private=True)")
+    assert hub.repos["datasets/ada/secret"].private
+    error = client.fails("Scores.from_hub('ada/secret', token=False)")
+    assert error.startswith("HubError: Cannot read ada/secret: ")
+    assert "if it is private, log in" in error
+    assert "Check the name" in client.fails("Scores.from_hub('ada/nothing')")
+    assert "it is private" in client.fails("Scores.from_hub('ada/secret', token=False, queries=slice(2))")
+    client.run("assert Scores.from_hub('ada/secret').fingerprint == make_scores().fingerprint")
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_what_should_be_private_is_never_published(hub, client, existing):
+    name = f"datasets/ada/visible{existing}"
+    hub.create(name, private=existing)
+    error = client.fails(f"make_scores().push_to_hub('ada/visible{existing}', private={not existing})")
+    assert "nothing was pushed" in error
+    assert "update_repo_settings" in error
+    assert len(hub.repos[name].titles) == 1
+    client.run(f"make_scores().push_to_hub('ada/visible{existing}')")
+    assert hub.repos[name].private == existing
+
+
+def test_a_name_that_is_taken_is_not_overwritten(hub, client):
+    hub.create("datasets/ada/taken")
+    hub.add("datasets/ada/taken", "data/train.csv", b"a,b\n1,2\n")
+    error = client.fails("make_scores().push_to_hub('ada/taken')")
+    assert "holds something else than scores of hf_attribution (data/train.csv)" in error
+    client.run("train.push_to_hub('ada/same-paths', 'scores', data_dir='scores')")  # paths like ours, and not ours
+    assert "holds something else than scores" in client.fails("make_scores().push_to_hub('ada/same-paths')")
+    client.run("make_truth(make_scores()).push_to_hub('ada/truth-there')")
+    error = client.fails("make_scores().push_to_hub('ada/truth-there')")
+    assert "holds something else than scores" in error
+    error = client.fails("Scores.from_hub('ada/truth-there')")
+    assert error.startswith("ArtefactError: ada/truth-there holds no scores; it holds counterfactuals")
+
+
+def test_a_short_name_is_ones_own(hub, client):
+    url = client.run("print(make_scores().push_to_hub('short'))")
+    assert "/datasets/ada/short/" in url
+
+
+# What goes wrong on the way
+
+
+@pytest.fixture
+def small_shards(client):
+    client.run("import hf_attribution.hub.tables as tables; tables.SHARD_BYTES = 400; tables.GROUP_BYTES = 200")
+    yield
+    client.run("tables.SHARD_BYTES, tables.GROUP_BYTES = 128 * 2**20, 4 * 2**20")
+
+
+def test_an_upload_cut_in_the_middle_leaves_nothing_and_goes_on(hub, client, small_shards, tmp_path):
+    push = """
+        import hf_attribution.hub.tables as tables
+        tables.SHARD_BYTES, tables.GROUP_BYTES = 400, 200
+        import numpy as np
+        from hf_attribution import Scores
+        Scores(np.random.default_rng(5).normal(size=(6, 40)), "trak").push_to_hub("ada/cut", top_k=2)
+    """
+    client.run("make_scores().push_to_hub('ada/cut', top_k=2)")
+    before = hub.repos["datasets/ada/cut"].files
+    sent = len(hub.asked("PUT /objects/"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(push)], env=environment(hub.url, tmp_path), stderr=subprocess.DEVNULL
+    )
+    hub.on("PUT /objects/", lambda: None, times=3)
+    hub.on("PUT /objects/", process.kill)  # in the fourth file
+    assert process.wait() < 0
+    assert hub.repos["datasets/ada/cut"].files == before
+    client.run("assert Scores.from_hub('ada/cut').fingerprint == make_scores().fingerprint")
+    arrived = len(set(hub.asked("PUT /objects/")[sent:]))
+    assert arrived == 4
+    client.run(textwrap.dedent(push))
+    again = hub.asked("PUT /objects/")[sent:]
+    assert len(again) == len(set(again)), "a file was sent twice"
+    assert len(again) > arrived
+    client.run("back = Scores.from_hub('ada/cut')")
+    assert json.loads(client.run("print(back.values.tolist())")) == (
+        np.random.default_rng(5).normal(size=(6, 40)).astype(np.float32).tolist()
+    )
+
+
+def test_files_that_are_no_longer_needed_go(hub, client, small_shards):
+    client.run("make_scores().push_to_hub('ada/shrinks')")
+    many = scores_files(hub, "datasets/ada/shrinks")
+    assert len(many) > 2
+    hub.add("datasets/ada/shrinks", "scores/notes.txt", b"mine")
+    client.run("make_scores(num_queries=1).push_to_hub('ada/shrinks', top_k=1)")
+    few = set(hub.repos["datasets/ada/shrinks"].files)
+    assert "scores/train-00000-of-00001.parquet" in few
+    assert "scores/notes.txt" in few
+    assert not few & set(many)
+    client.run("assert Scores.from_hub('ada/shrinks').fingerprint == make_scores(num_queries=1).fingerprint")
+
+
+def test_somebody_elses_commit_in_between_is_not_undone(hub, client):
+    name = "datasets/ada/busy"
+    client.run("make_scores().push_to_hub('ada/busy')")
+
+    def edit():
+        hub.add(name, "README.md", f"{card(hub, name)}\nWritten meanwhile.\n".encode())
+
+    hub.on("POST /api/datasets/ada/busy/commit", edit)
+    client.run("make_scores(seed=1).push_to_hub('ada/busy')")
+    assert "Written meanwhile." in card(hub, name)
+    client.run("assert Scores.from_hub('ada/busy').fingerprint == make_scores(seed=1).fingerprint")
+    hub.on("POST /api/datasets/ada/busy/commit", lambda: 409)
+    client.run("make_scores(seed=2).push_to_hub('ada/busy')")
+    client.run("assert Scores.from_hub('ada/busy').fingerprint == make_scores(seed=2).fingerprint")
+
+
+def test_a_refused_commit_changes_nothing(hub, client):
+    hub.on("POST /api/datasets/ada/refused/commit", lambda: 403)
+    error = client.fails("make_scores().push_to_hub('ada/refused')")
+    assert "the token may not do that" in error
+    assert set(hub.repos["datasets/ada/refused"].files) == {".gitattributes"}
+
+
+def test_branches(hub, client):
+    client.run("make_scores().push_to_hub('ada/branches')")
+    client.run("make_scores(seed=1).push_to_hub('ada/branches', revision='seed-1')")
+    client.run("assert Scores.from_hub('ada/branches').fingerprint == make_scores().fingerprint")
+    client.run("other = Scores.from_hub('ada/branches', revision='seed-1')")
+    client.run("assert other.fingerprint == make_scores(seed=1).fingerprint")
+    error = client.fails("Scores.from_hub('ada/branches', revision='v9')")
+    assert "it has no branch, tag or commit 'v9'" in error
+
+
+# Other artefacts, and parts
+
+
+def test_counterfactuals_from_the_hub_make_an_lds(hub, client):
+    client.run("scores = make_scores(); truth = make_truth(scores); truth.push_to_hub('ada/truth')")
+    client.run("back = Counterfactuals.from_hub('ada/truth'); assert back.fingerprint == truth.fingerprint")
+    client.run("assert evaluate_lds(scores, back).lds == evaluate_lds(scores, truth).lds")
+    text = card(hub, "datasets/ada/truth")
+    for line in ("| subsets | 30 |", "| seeds for each | 2 |", "| name | resampled |", "| noise ceiling | 0."):
+        assert line in text, text
+    client.run(
+        """
+        rows = datasets.load_dataset("ada/truth", split="train")
+        assert rows.column_names == ["query", "mean", "std", "reliability"]
+        assert np.allclose(rows["mean"], truth.mean().mean(axis=1))
+        assert np.allclose(rows["reliability"], truth.reliability())
+        """
+    )
+
+
+def test_subsets_are_shared(hub, client):
+    client.run("subsets = Subsets.random(100, 20); subsets.push_to_hub('ada/subsets')")
+    client.run("assert Subsets.from_hub('ada/subsets').fingerprint == subsets.fingerprint")
+
+
+def test_one_seed_has_no_reliability_to_show(hub, client):
+    client.run("make_truth(make_scores(), seeds=1).push_to_hub('ada/one-seed')")
+    client.run("rows = datasets.load_dataset('ada/one-seed', split='train')")
+    assert client.run("print(rows.column_names)") == "['query', 'mean', 'std']"
+    assert "noise ceiling" not in card(hub, "datasets/ada/one-seed")
+
+
+def test_some_queries_are_read_without_the_others(hub, client):
+    client.run("import hf_attribution.hub.tables as tables; tables.SHARD_BYTES, tables.GROUP_BYTES = 2**21, 2**20")
+    client.run("big = make_scores(num_queries=48, num_examples=50_000); big.push_to_hub('ada/big', top_k=1)")
+    client.run("tables.SHARD_BYTES, tables.GROUP_BYTES = 128 * 2**20, 4 * 2**20")
+    start = hub.bytes_sent
+    client.run("part = Scores.from_hub('ada/big', queries=slice(20, 24))")
+    files = hub.repos["datasets/ada/big"].files
+    whole = sum(len(files[path].content) for path in scores_files(hub, "datasets/ada/big"))
+    assert hub.bytes_sent - start < 0.35 * whole
+    client.run(
+        """
+        assert np.array_equal(part.values, big.values[20:24])
+        assert part.provenance["queries"] == [20, 24, 1] and part.provenance["fingerprints"] == {"train": "t"}
+        assert part.settings == big.settings
+        back = Scores.from_hub("ada/big", queries=slice(None, None, -7))
+        assert np.array_equal(back.values, big.values[::-7])
+        assert np.array_equal(Scores.from_hub("ada/big", queries=slice(-3, None)).values, big.values[-3:])
+        """
+    )
+    assert "has 48 rows of scores" in client.fails("Scores.from_hub('ada/big', queries=slice(48, 60))")
+
+
+def scores_files(hub, name):
+    return sorted(path for path in hub.repos[name].files if path.startswith("scores/"))
+
+
+# What is read is what was written
+
+
+def test_a_newer_schema_is_refused_before_it_is_fetched(hub, client, small_shards):
+    client.run(
+        """
+        import hf_attribution.seals as seals
+        seals.SCHEMA_VERSION = 99
+        make_scores().push_to_hub("ada/newer")
+        seals.SCHEMA_VERSION = 1
+        """
+    )
+    start = len(hub.requests)
+    for code in ("Scores.from_hub('ada/newer')", "Scores.from_hub('ada/newer', queries=slice(2))"):
+        error = client.fails(code)
+        assert error.startswith("ArtefactError: ada/newer has schema version 99")
+        assert "pip install -U" in error
+    fetched = [line for line in hub.requests[start:] if "/resolve/" in line and "scores/train" in line]
+    assert fetched
+    assert not [line for line in fetched if "train-00000" not in line]
+    assert "schema version 99" in client.fails("make_scores().push_to_hub('ada/newer')")
+
+
+def test_damage_and_missing_files_are_noticed(hub, client, small_shards):
+    client.run("make_scores().push_to_hub('ada/damaged')")
+    repo = hub.repos["datasets/ada/damaged"]
+    _, path, other, *_ = scores_files(hub, "datasets/ada/damaged")
+    hub.add("datasets/ada/damaged", path, repo.files[other].content)
+    assert "not what was written" in client.fails("Scores.from_hub('ada/damaged')")
+    assert "not in order" in client.fails("Scores.from_hub('ada/damaged', queries=slice(0, 4))")
+    files = {each: file for each, file in repo.files.items() if each != path}
+    repo.commit(files, "lose one")
+    assert "1 files of scores are missing" in client.fails("Scores.from_hub('ada/damaged')")
