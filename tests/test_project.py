@@ -15,8 +15,19 @@ PACKAGE = ROOT / "hf_attribution"
 # From the bottom up. A module or folder imports from its own line and from the lines above it.
 LAYERS = (
     ("errors", "seeds", "seals", "metric_cache", "arguments", "catalogue"),
-    ("artefacts", "part_scores", "subsets", "counterfactuals", "provenance", "reliability", "rows")
-    + ("scores", "evaluation", "hub"),  # scores push themselves, with what they are worth
+    # Artefacts push themselves, and say what they are worth.
+    (
+        "artefacts",
+        "rows",
+        "provenance",
+        "reliability",
+        "scores",
+        "part_scores",
+        "subsets",
+        "counterfactuals",
+        "evaluation",
+        "hub",
+    ),
     ("tuning", "estimation", "splits", "preprocessing", "blocks"),
     ("inputs", "logits", "tasks", "data", "optimizer_states"),
     ("numbered", "store"),
