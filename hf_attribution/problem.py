@@ -1,6 +1,5 @@
 """What an attribution method is given: a model and its checkpoints, a task, training examples and queries."""
 
-import copy
 import dataclasses
 import functools
 import json
@@ -10,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hf_attribution.adapters import adapters_trainable
 from hf_attribution.artefacts import fingerprint
 from hf_attribution.curvature.parts import Layout, module_layout, part_products, token_layout
 from hf_attribution.data import Split
-from hf_attribution.errors import MismatchError
 from hf_attribution.gradients.directions import Preconditioner
 from hf_attribution.gradients.features import compute_features
 from hf_attribution.gradients.held import Source
@@ -28,6 +26,7 @@ from hf_attribution.inputs import evaluating, weights_fingerprint
 from hf_attribution.replay.run import RecordedRun
 from hf_attribution.store import FeatureStore
 from hf_attribution.tasks import Task
+from hf_attribution.weights import copy_to_load_into, load_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +103,11 @@ class Problem:
             if isinstance(checkpoint.source, nn.Module):
                 model = checkpoint.source
             else:
-                loaded = loaded if loaded is not None else copy.deepcopy(self.model)
+                if loaded is None:
+                    folders = [c.source for c in self.checkpoints if isinstance(c.source, Path)]
+                    loaded = copy_to_load_into(self.model, folders)
                 model = load_weights(loaded, checkpoint.source)
-            with evaluating(model):
+            with evaluating(model), adapters_trainable(model):
                 yield model, checkpoint.weight / len(self.checkpoints)
 
     def average(self, function: Callable[[nn.Module, int], np.ndarray]) -> np.ndarray:
@@ -278,41 +279,3 @@ class Problem:
             "query": self.query.fingerprint,
             "task": fingerprint(json.dumps(self.task.description, sort_keys=True)),
         }
-
-
-def load_weights(model: nn.Module, folder: Path) -> nn.Module:
-    """Load the weights of a checkpoint folder into a model.
-
-    Args:
-        model: A model of the same architecture; it is changed.
-        folder: A folder with `model.safetensors` (or its shards), as `save_pretrained` and the Trainer write.
-
-    Returns:
-        The model.
-
-    Raises:
-        FileNotFoundError: If there are no weights in the folder.
-        MismatchError: If they are of another architecture; the message names the first difference.
-    """
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"No model.safetensors in {folder}: give a folder that save_pretrained wrote.")
-    state: dict[str, Tensor] = {}
-    for file in files:
-        state.update(load_file(file))
-    own = model.state_dict()
-    # Tied weights are saved once, under one of their names.
-    by_pointer: dict[int, list[str]] = {}
-    for name, tensor in own.items():
-        by_pointer.setdefault(tensor.data_ptr(), []).append(name)
-    absent = {n for names in by_pointer.values() if not any(name in state for name in names) for n in names}
-    different = [n for n, tensor in state.items() if n not in own or own[n].shape != tensor.shape]
-    for name in [*different, *sorted(absent)][:1]:
-        there = tuple(state[name].shape) if name in state else "absent"
-        here = tuple(own[name].shape) if name in own else "absent"
-        raise MismatchError(
-            f"The checkpoint {folder} is of another architecture than {type(model).__name__}: {name} is {there} there "
-            f"and {here} in the model."
-        )
-    model.load_state_dict(state, strict=False)
-    return model

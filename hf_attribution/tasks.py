@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
+from hf_attribution.adapters import refuse_prompt_learning
 from hf_attribution.errors import MismatchError, UnsupportedError
 from hf_attribution.inputs import accepts, unwrap, with_positions
 from hf_attribution.logits import IGNORE_INDEX, margins, picked, refuse_unknown_classes, sampled_classes, token_sum
@@ -168,6 +169,7 @@ class Task:
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         """The model's outputs on a batch, without its own loss: labels stay here."""
+        refuse_prompt_learning(model)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         if accepts(model, "use_cache"):
             inputs["use_cache"] = False

@@ -1,8 +1,7 @@
 """Model, data and collator from the names of a model and a dataset: where the command line and the scripts start."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -23,7 +22,6 @@ from transformers import (
     default_data_collator,
 )
 from transformers.models.auto import modeling_auto
-from transformers.utils import logging
 
 from hf_attribution import preprocessing
 from hf_attribution.arguments import DataArguments, ModelArguments
@@ -33,6 +31,7 @@ from hf_attribution.methods import Method
 from hf_attribution.problem import Checkpoint
 from hf_attribution.splits import draw_rows, load_query, load_train
 from hf_attribution.tasks import Task, infer_task
+from hf_attribution.weights import quiet_transformers
 
 # Order matters: BART-like classes stand in several tables.
 _TASKS: dict[str, tuple[Any, Mapping[str, Any]]] = {
@@ -145,7 +144,7 @@ def load_workspace(model_args: ModelArguments, data_args: DataArguments) -> Work
         return auto.from_pretrained(model_args.model_name_or_path, config=config, dtype=model_args.dtype, **source)
 
     def load_again() -> PreTrainedModel:
-        with _quietly():  # once is enough to say which weights are new
+        with quiet_transformers():  # once is enough to say which weights are new
             return load()
 
     model = load()
@@ -286,16 +285,3 @@ def _collator(processor: Any, task: str) -> Any:
     if task == "seq2seq-lm":
         return DataCollatorForSeq2Seq(processor)
     return DataCollatorForLanguageModeling(processor, mlm=task == "masked-lm")
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -38,9 +38,9 @@ from hf_attribution import METHODS, AttributionTrainer, Counterfactuals, Ensembl
 from hf_attribution.arguments import DataArguments, ModelArguments, option
 from hf_attribution.artefacts import fingerprint
 from hf_attribution.methods import get_method
-from hf_attribution.problem import load_weights
 from hf_attribution.report.comparison import Entry, comparison_table, plot_comparison
 from hf_attribution.seeds import derive_seed
+from hf_attribution.weights import load_weights
 from hf_attribution.workspace import Workspace, load_workspace
 
 FRACTIONS = {"half": 0.5, "full": 1.0}

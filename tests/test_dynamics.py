@@ -14,8 +14,9 @@ from hf_attribution.checkpoints import trainer_checkpoints
 from hf_attribution.curvature import flat
 from hf_attribution.errors import MismatchError, UnsupportedError
 from hf_attribution.methods import METHODS, Source, get_method
-from hf_attribution.problem import Checkpoint, load_weights
+from hf_attribution.problem import Checkpoint
 from hf_attribution.tasks import Classification
+from hf_attribution.weights import load_weights
 
 N, Q = 11, 4
 

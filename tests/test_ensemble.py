@@ -19,11 +19,11 @@ from hf_attribution.ensemble import Ensemble
 from hf_attribution.errors import ArtefactError, MismatchError, NonFiniteError
 from hf_attribution.evaluation import evaluate_lds
 from hf_attribution.inputs import weights_fingerprint
-from hf_attribution.problem import load_weights
 from hf_attribution.scores import Scores
 from hf_attribution.seeds import derive_seed
 from hf_attribution.subsets import Subsets
 from hf_attribution.trainer import AttributionTrainer
+from hf_attribution.weights import load_weights
 
 GRADIENT_METHODS = ["grad_dot", "grad_cos", "trak", "tracin", "representation_similarity"]
 

@@ -29,7 +29,7 @@ LAYERS = (
         "hub",
     ),
     ("tuning", "estimation", "splits", "preprocessing", "blocks"),
-    ("inputs", "logits", "tasks", "data", "optimizer_states"),
+    ("inputs", "copies", "adapters", "weights", "logits", "tasks", "data", "optimizer_states"),
     ("numbered", "store"),
     ("gradients",),
     ("curvature",),

@@ -34,7 +34,6 @@ from transformers import (
 
 from hf_attribution.counterfactuals import Subsets
 from hf_attribution.errors import ArtefactError, MismatchError, NonFiniteError, UnsupportedError
-from hf_attribution.problem import load_weights
 from hf_attribution.retraining import worklist
 from hf_attribution.retraining.arguments import run_arguments
 from hf_attribution.retraining.weighted import give_weights, weighted_class
@@ -42,6 +41,7 @@ from hf_attribution.retraining.worklist import Run, WorkList
 from hf_attribution.seeds import derive_seed
 from hf_attribution.tasks import Classification
 from hf_attribution.trainer import AttributionTrainer
+from hf_attribution.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection", "counted_trainings")
 

@@ -1,6 +1,5 @@
 """Exact unrolled differentiation: the derivative of queries' measurements through the training that was recorded."""
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from hf_attribution.copies import own_copy
 from hf_attribution.curvature.operators import stacked
 from hf_attribution.evaluation import read_groups
 from hf_attribution.gradients.held import Source
@@ -129,7 +129,7 @@ class Unroll(Method):
         recording = prepared.run.recording
         weights = None if self.at == "full" else self.fraction * prepared.replay().example_weights
         first = self._first_step(recording)
-        model = prepared.load(copy.deepcopy(problem.model), prepared.final(weights))
+        model = prepared.load(own_copy(problem.model), prepared.final(weights))
         names, columns = self._groups(problem)
         sweep = self._backward if self.groups is None else self._forward
         with tqdm(desc=self.name, unit="step", disable=not problem.progress) as bar:

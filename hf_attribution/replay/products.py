@@ -5,7 +5,6 @@ one forward-mode derivative of the gradient (forward-over-reverse), under vmap o
 itself. The other order, reverse-over-forward, is silently wrong through `layer_norm` and `batch_norm` in torch 2.13.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hf_attribution.copies import own_copy
 from hf_attribution.replay.attention import use_exact_attention
 from hf_attribution.seeds import RandomState
 from hf_attribution.tasks import Batch, Task
@@ -44,8 +44,7 @@ class FlatModel:
 
     def __init__(self, model: nn.Module, task: Task, names: Sequence[str]) -> None:
         # A copy, for its attention is another; the tensors are the same ones.
-        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        self.model, self.task = copy.deepcopy(model, shared), task
+        self.model, self.task = own_copy(model, (*model.parameters(), *model.buffers())), task
         use_exact_attention(self.model)
         for module in self.model.modules():
             if getattr(module, "gradient_checkpointing", False):

@@ -1,16 +1,16 @@
 """A recorded run that is repeated: by the Trainer's own step, bit for bit, or with other weights of the examples."""
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from hf_attribution.copies import own_copy
 from hf_attribution.data import Split
 from hf_attribution.errors import MismatchError, UnsupportedError
 from hf_attribution.numbered import ROW, STATE
@@ -104,8 +104,7 @@ class RecordedRun:
 
     def model_copy(self) -> nn.Module:
         """A copy of the trainer's model, in `train()` mode."""
-        model: Any = copy.deepcopy(self.trainer.model)
-        return model.train()
+        return own_copy(cast(nn.Module, self.trainer.model)).train()
 
     def final_model(self) -> nn.Module:
         """The model at the end of the recorded run."""

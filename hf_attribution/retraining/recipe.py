@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from hf_attribution.copies import own_copy
 from hf_attribution.errors import UnsupportedError
 
 
@@ -45,7 +46,7 @@ class Recipe:
         """
         replaced: dict[str, Any] = {"args": args, "train_dataset": train_dataset}
         if self.initial_model is not None:
-            replaced["model"] = copy.deepcopy(_usable(self.initial_model))
+            replaced["model"] = own_copy(_usable(self.initial_model))
         if self.callbacks is not None:
             replaced["callbacks"] = copy.deepcopy(_usable(self.callbacks))
         positional, named = self._arguments(replaced)
@@ -108,7 +109,7 @@ def given(trainer_class: type, positional: tuple[Any, ...], named: dict[str, Any
 def copied(thing: Any, remedy: str) -> Any:
     """A deep copy, or the error to raise once the copy is needed: a constructor must not fail for it."""
     try:
-        return copy.deepcopy(thing)
+        return own_copy(thing) if isinstance(thing, nn.Module) else copy.deepcopy(thing)
     except Exception as error:
         return UnsupportedError(f"Retraining needs a copy of {_name(thing)} ({error}): {remedy}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +14,13 @@ from scipy.stats import rankdata
 from torch import nn
 
 from hf_attribution.artefacts import Artefact, freeze
+from hf_attribution.copies import own_copy
 from hf_attribution.errors import UnsupportedError
 from hf_attribution.methods import Method, get_method
-from hf_attribution.problem import load_weights
 from hf_attribution.scores import Scores
 from hf_attribution.seeds import derive_seed
 from hf_attribution.trainer import AttributionMixin
+from hf_attribution.weights import load_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ def stability(
     trained, shuffled = [], []
     for number, folder in enumerate(folders):
         trained.append(_score(trainer, query_dataset, chosen, folder))
-        model = load_weights(copy.deepcopy(cast(nn.Module, trainer.model)), Path(folder))
+        model = load_weights(own_copy(cast(nn.Module, trainer.model)), Path(folder))
         shuffle_weights(model, derive_seed(seed, "stability", number))
         shuffled.append(_score(trainer, query_dataset, chosen, model))
     pairs = [rank_correlation(*pair) for pair in itertools.combinations(trained, 2)]
