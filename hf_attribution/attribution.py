@@ -19,10 +19,11 @@ from typing_extensions import Unpack
 from hf_attribution.checkpoints import as_checkpoint
 from hf_attribution.data import Split, check_same_columns, used_columns
 from hf_attribution.ensemble import Ensemble
-from hf_attribution.errors import MismatchError, NonFiniteError
+from hf_attribution.errors import MismatchError, NonFiniteError, ProcessError, UnsupportedError
 from hf_attribution.methods import Method, Scored, get_method
 from hf_attribution.part_scores import PartScores
 from hf_attribution.problem import Checkpoint, Problem
+from hf_attribution.processes import count, from_main, gather, is_main, sharing
 from hf_attribution.replay.run import RecordedRun
 from hf_attribution.scores import Scores
 from hf_attribution.store.precision import check_dtype
@@ -99,12 +100,12 @@ def attribute(
     """
     chosen = get_method(method)
     started = time.perf_counter()
-    with _problem(
+    with sharing("attribute"), _problem(
         model, train_dataset, query_dataset, task, data_collator, checkpoints, batch_size, cache_dir,
         remove_unused_columns, progress, store_dtype,
     ) as (problem, used_subsets):  # fmt: skip
         problem = dataclasses.replace(problem, run=run, train_masked=train_masked)
-        scored = chosen.score(problem)
+        scored = _score(chosen, problem)
         if scored.choices:
             logger.info(f"{chosen.name} chose {json.dumps(scored.choices, default=str)}")
         values = np.asarray(scored.values, dtype=np.float32)
@@ -150,7 +151,7 @@ def attribute_parts(
         raise ValueError(f"granularity must be 'module' or 'token', not {granularity!r}; `attribute` scores examples.")
     chosen = get_method(method)
     started = time.perf_counter()
-    with _problem(model, train_dataset, query_dataset, **setup) as (problem, used_subsets):
+    with sharing("attribute_parts"), _problem(model, train_dataset, query_dataset, **setup) as (problem, used_subsets):
         layout, scored = chosen.part_scores(problem, granularity)
         provenance = _provenance(problem, used_subsets, scored, started)
     return PartScores(
@@ -192,10 +193,20 @@ def self_influence(
         >>> train.select(own.argsort()[::-1][:20])  # look at these first  # doctest: +SKIP
     """
     chosen = get_method(method)
-    with _problem(model, train_dataset, train_dataset, **setup) as (problem, _):
+    with sharing("self_influence"), _problem(model, train_dataset, train_dataset, **setup) as (problem, _):
         values = np.asarray(chosen.self_influence(problem), dtype=np.float32)
         _check_values(values[None], (1, problem.shape[1]), f"{chosen.name} (self-influence)")
     return values
+
+
+def _score(method: Method, problem: Problem) -> Scored:
+    """The scores, of passes that the processes of a launch share; a recorded training is swept by one of them."""
+    if method.needs_trainings and count() > 1:
+        raise UnsupportedError(
+            f"{method.name} trains, and cannot do so inside of a launch of several processes: start it without "
+            "accelerate launch. Several such processes on one folder share its trainings."
+        )
+    return from_main(lambda: method.score(problem)) if method.needs_run else method.score(problem)
 
 
 def _provenance(problem: Problem, used_subsets: dict[str, Any], scored: Scored, started: float) -> dict[str, Any]:
@@ -250,7 +261,7 @@ def _problem(
             query_dataset=query_dataset,
             checkpoints=[as_checkpoint(c) for c in (checkpoints if checkpoints is not None else [model])],
             cache_dir=folder,
-            progress=progress,
+            progress=progress and is_main(),
             store_dtype=check_dtype(store_dtype),
         )
         _try_task(problem)
@@ -276,9 +287,21 @@ def _check_values(values: np.ndarray, shape: tuple[int, int], method: str) -> No
 
 @contextlib.contextmanager
 def _folder(cache_dir: str | Path | None) -> Iterator[Path]:
-    if cache_dir is None:
-        with tempfile.TemporaryDirectory(prefix="hf_attribution-") as temporary:
-            yield Path(temporary)
-    else:
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        yield Path(cache_dir)
+    """The folder for what is stored, made by the main process and seen by all."""
+    with contextlib.ExitStack() as stack:
+
+        def made() -> Path:
+            if cache_dir is None:
+                return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hf_attribution-")))
+            Path(cache_dir).mkdir(parents=True, exist_ok=True)
+            return Path(cache_dir).resolve()
+
+        folder = from_main(made)
+        blind = [str(rank) for rank, sees in enumerate(gather(folder.is_dir())) if not sees]
+        if blind:
+            raise ProcessError(
+                f"Process {', '.join(blind)} does not see the folder {folder} of process 0, being on another machine: "
+                "give a cache_dir that is shared by all machines."
+            )
+        yield folder
+        gather("done")  # before it is deleted

@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 
 from hf_attribution.errors import MismatchError, UnsupportedError
 from hf_attribution.inputs import forward_arguments
+from hf_attribution.processes import share
 from hf_attribution.seeds import derive_seed, random_state, seeded
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
@@ -90,26 +91,29 @@ class Split:
             return self.dataset.__getitems__(indices)
         return [self.dataset[index] for index in indices]
 
-    def batches(self, skip: np.ndarray | None = None, only: np.ndarray | None = None) -> Iterator[Batch]:
+    def batches(
+        self, skip: np.ndarray | None = None, only: np.ndarray | None = None, shared: bool = False
+    ) -> Iterator[Batch]:
         """Batches that hold every row exactly once.
 
         Args:
             skip: Rows that are not needed, `[N]` bool. Batches of such rows alone are left out; the others stay what
                 they are, so that a pass that is resumed computes the same numbers.
             only: Rows to make batches of, `[N]` bool; all by default.
+            shared: Whether the processes of a launch share the pass, so that each yields some of the batches: the same
+                ones that one process would yield.
 
         Yields:
             Row indices and inputs.
         """
         order = self._order if only is None else self._order[only[self._order]]
+        part = share if shared else iter
         if self.draws_random_numbers:
             drawn = self._drawn_batches(order)
-            yield from (batch for batch in drawn if skip is None or not skip[batch.indices].all())
+            yield from part(batch for batch in drawn if skip is None or not skip[batch.indices].all())
         else:
-            for start in range(0, len(order), self.batch_size):
-                indices = order[start : start + self.batch_size]
-                if skip is not None and skip[indices].all():
-                    continue
+            chunks = (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
+            for indices in part(chunk for chunk in chunks if skip is None or not skip[chunk].all()):
                 yield Batch(torch.from_numpy(indices), dict(self.collator(self._read(indices.tolist()))))
 
     def _read(self, indices: list[int]) -> list[Any]:

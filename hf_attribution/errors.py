@@ -23,3 +23,7 @@ class ConvergenceError(ArithmeticError):
 
 class HubError(OSError):
     """The Hub refused or could not be reached: no token, no such repository, a name that is taken, no network."""
+
+
+class ProcessError(ConnectionError):
+    """Another process of a launch failed, died or has other data. The message says which, and the remedy."""

@@ -23,6 +23,7 @@ from hf_attribution.gradients.per_example import PerExampleGradients
 from hf_attribution.gradients.products import feature_products, gradient_products, squared_lengths
 from hf_attribution.gradients.projections import Projection
 from hf_attribution.inputs import evaluating, weights_fingerprint
+from hf_attribution.processes import from_main
 from hf_attribution.replay.run import RecordedRun
 from hf_attribution.store import FeatureStore
 from hf_attribution.tasks import Task
@@ -257,7 +258,7 @@ class Problem:
             "moments": moments.fingerprint if moments is not None else None,
         }
         path = self.cache_dir / "features" / f"{split.name}-{fingerprint(self.store_dtype, settings)}"
-        if path.exists():
+        if from_main(path.exists):
             return FeatureStore(path)
         gradients = self.gradients(model, function, split, modules)
         divided = DividedGradients(gradients, moments) if moments is not None else gradients

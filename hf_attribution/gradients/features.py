@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from hf_attribution.data import Split
 from hf_attribution.errors import ArtefactError
@@ -16,9 +16,9 @@ from hf_attribution.gradients.checks import refuse_non_finite
 from hf_attribution.gradients.moments import DividedGradients
 from hf_attribution.gradients.per_example import PerExampleGradients
 from hf_attribution.gradients.projections import Projection
+from hf_attribution.locks import alone
+from hf_attribution.processes import from_main, in_order
 from hf_attribution.store import FeatureStore, FeatureWriter, Manifest
-
-logger = logging.get_logger(__name__)
 
 
 def compute_features(
@@ -54,40 +54,54 @@ def compute_features(
         NonFiniteError: If a gradient is NaN or infinite; the message names the row and the parameter.
     """
     wanted = Manifest(projection.dim, dtype, settings, len(split))
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path):
+    with contextlib.ExitStack() as stack:
+        writers: list[FeatureWriter] = []
+
+        def begun() -> np.ndarray | None:
             if not path.exists():
-                writer = FeatureWriter(path, wanted, _longest_beginning(path, wanted, split))
-                _write_all(writer, split, gradients, projection, device, progress)
-                return writer.finish()
+                stack.enter_context(alone(path))
+            if path.exists():
+                return None
+            writers.append(FeatureWriter(path, wanted, _longest_beginning(path, wanted, split)))
+            return writers[0].done
+
+        def finish() -> None:
+            writers[0].finish()
+
+        done = from_main(begun)
+        if done is not None:
+            initial = int(done.sum())
+            bar = tqdm(total=len(split), initial=initial, unit="rows", desc=f"{split.name} gradients", leave=False,
+                       disable=not progress)  # fmt: skip
+            with bar:
+                rows = _projected_rows(split, gradients, projection, device, skip=np.array(done))
+                for indices, projected, values in in_order(rows):
+                    for writer in writers:
+                        writer.write(indices.cpu().numpy(), projected, values)
+                    bar.update(len(indices))
+            from_main(finish)
     store = FeatureStore(path)
     store.manifest.refuse_other(wanted, path)
     return store
 
 
-def _write_all(
-    writer: FeatureWriter,
+def _projected_rows(
     split: Split,
     gradients: PerExampleGradients | DividedGradients,
     projection: Projection,
     device: torch.device,
-    progress: bool,
-) -> None:
-    """Compute and write the rows that are not there."""
+    skip: np.ndarray,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Dataset positions `[B]`, projected gradients `[B, dim]` and values `[B]` of this process's share of a split."""
     shapes = {name: parameter.shape for name, parameter in gradients.parameters.items()}
-    bar = tqdm(total=len(split), initial=int(writer.done.sum()), unit="rows", desc=f"{split.name} gradients",
-               leave=False, disable=not progress)  # fmt: skip
-    with bar:
-        for batch in split.batches(skip=writer.done):
-            found = gradients(batch.to(device))
-            projected = projection(found, shapes)
-            if not projected.isfinite().all():
-                for name, terms in found.terms.items():
-                    for term in terms:
-                        refuse_non_finite(term.dense(), batch.indices, f"The gradient of {name}")
-            writer.write(batch.indices.numpy(), projected, found.values)
-            bar.update(len(batch.indices))
+    for batch in split.batches(skip=skip, shared=True):
+        found = gradients(batch.to(device))
+        projected = projection(found, shapes)
+        if not projected.isfinite().all():
+            for name, terms in found.terms.items():
+                for term in terms:
+                    refuse_non_finite(term.dense(), batch.indices, f"The gradient of {name}")
+        yield batch.indices, projected, found.values
 
 
 def _longest_beginning(path: Path, wanted: Manifest, split: Split) -> FeatureStore | None:
@@ -103,18 +117,3 @@ def _longest_beginning(path: Path, wanted: Manifest, split: Split) -> FeatureSto
     found.sort(key=len, reverse=True)
     data = (store for store in found if store.manifest.settings["data"] == split.fingerprint_of_first(len(store)))
     return next(data, None)
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock on the making of a store; the system gives it up when its process dies."""
-    lock = FileLock(path.with_name(path.name + ".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning(f"Another process computes the features {path}: waiting for it.")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()

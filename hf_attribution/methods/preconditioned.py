@@ -19,6 +19,7 @@ from hf_attribution.gradients.held import Source
 from hf_attribution.inputs import weights_fingerprint
 from hf_attribution.methods.base import GradientMethod, Scored, positive_damping
 from hf_attribution.problem import Problem
+from hf_attribution.processes import from_main
 
 AUTO_RANK = 32
 
@@ -156,10 +157,10 @@ class Kronecker(Preconditioned):
             },
         }
         path = problem.cache_dir / "curvature" / f"{self.name}-{fingerprint(settings)}.safetensors"
-        if path.exists():
+        if from_main(path.exists):
             return KroneckerCurvature.load(path)
         rows = CurvatureRows(model, problem.task, problem.train, self.curvature, modules, seed)
         with torch.no_grad():
             found = fit_curvature(model, rows, self.name, settings, problem.progress)
-        found.save(path)
+        from_main(lambda: found.save(path))
         return found

@@ -1,0 +1,326 @@
+"""Several processes that attribute together: each takes its share of every pass over data, and the shares are joined.
+
+Under `accelerate launch` (or torchrun, or srun) all processes run the same program with the same arguments. Of a pass
+that is shared each process takes every W-th batch, and what came of it is added up, or put in order, over the
+processes. What each of them holds in the end is what one process would hold.
+
+Processes wait for each other in a key-value store, where each leaves a sign of life every few seconds, and only then
+exchange anything. So none hangs when another has died, however uneven their work is, and whatever the time-out of the
+process group.
+"""
+
+import contextlib
+import datetime
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers.utils import logging
+
+from hf_attribution.errors import ProcessError
+
+T = TypeVar("T")
+
+logger = logging.get_logger(__name__)
+
+# Batches of a process that are exchanged at once.
+AT_ONCE = 16
+
+# Numbers that are added up at once.
+_CHUNK = 2**24
+
+# Seconds between two signs of life, between looks at those of others, and of silence that means death.
+HEARTBEAT, LOOK, SILENCE = 5.0, 1.0, 30.0
+
+
+def count() -> int:
+    """How many processes share the work: 1 outside of `sharing`."""
+    return _team.size if _team is not None else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes files and shows progress: the first one of those that share the work."""
+    return _team is None or _team.rank == 0
+
+
+def share(items: Iterable[T]) -> Iterator[T]:
+    """This process's share of a pass.
+
+    Args:
+        items: The whole pass, the same in all processes.
+
+    Returns:
+        Every `count()`-th item.
+
+    Example:
+        >>> list(share("abc"))
+        ['a', 'b', 'c']
+    """
+    return itertools.islice(items, _team.rank, None, _team.size) if _team is not None else iter(items)
+
+
+def add_up(*parts: Tensor | np.ndarray) -> None:
+    """Replace numbers by their sums over the processes, in place. Where all but one hold 0, nothing is rounded.
+
+    Args:
+        *parts: Contiguous tensors or arrays of the same shapes and types in all processes.
+    """
+    if _team is None:
+        return
+    flat = [(torch.from_numpy(part) if isinstance(part, np.ndarray) else part).detach().view(-1) for part in parts]
+    for kind in dict.fromkeys(part.dtype for part in flat):
+        pieces = [piece for part in flat if part.dtype == kind for piece in part.split(_CHUNK)]
+        while pieces:
+            ends = list(itertools.accumulate(len(piece) for piece in pieces))
+            taken = max(1, sum(end <= _CHUNK for end in ends))
+            _team.add_up(pieces[:taken])
+            del pieces[:taken]
+
+
+def in_order(batches: Iterable[tuple[Tensor, ...]], at_once: int = AT_ONCE) -> Iterator[tuple[Tensor, ...]]:
+    """All processes' batches, in the order in which one process would have made them.
+
+    Args:
+        batches: This process's share of them: tensors `[B, ...]`, of one kind in all batches and processes.
+        at_once: How many batches of each process are exchanged, and held in memory, at once.
+
+    Yields:
+        The batches of all processes, on the device of the process group.
+    """
+    if _team is None:
+        yield from batches
+        return
+    stream = iter(batches)
+    while True:
+        own = list(itertools.islice(stream, at_once))
+        sizes = _team.gather([len(batch[0]) for batch in own])
+        found = [list(zip(*(field.split(n) for field in fields), strict=True)) for n, fields in _fields(own, sizes)]
+        for number in range(len(sizes[0])):  # the first process has as many batches as any
+            yield from (batches[number] for batches in found if number < len(batches))
+        if len(sizes[0]) < at_once:
+            return
+
+
+def gather(value: Any) -> list[Any]:
+    """What all processes have, in the order of their ranks; it must be picklable."""
+    return _team.gather(value) if _team is not None else [value]
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """What a function returns in the main process, which alone runs it, and shares nothing while it does."""
+    if _team is None:
+        return function()
+    team, found = _team, None
+    if team.rank == 0:
+        with _as_team(None):
+            found = function()
+    return team.from_main(found)
+
+
+@contextlib.contextmanager
+def sharing(what: str) -> Iterator[None]:
+    """Share passes over data with the other processes of a launch for a while. They all enter, and leave together.
+
+    Args:
+        what: What they do, for messages.
+
+    Raises:
+        ProcessError: If another process fails, dies or falls silent, in all that wait for it.
+
+    Example:
+        >>> with sharing("attribute"):
+        ...     count()  # under `accelerate launch --num_processes 2` it is 2
+        1
+    """
+    if _team is not None or not _launched():
+        yield
+        return
+    team = _Team(what)
+    with team.alive():
+        try:
+            team.meet()
+            with _as_team(team):
+                yield
+            team.meet()
+        except BaseException as error:
+            team.tell(error)
+            raise
+
+
+_team: "_Team | None" = None
+_number = itertools.count()
+
+
+@contextlib.contextmanager
+def _as_team(team: "_Team | None") -> Iterator[None]:
+    global _team
+    before, _team = _team, team
+    try:
+        yield
+    finally:
+        _team = before
+
+
+class _Team:
+    """The processes of a launch, for one piece of work."""
+
+    def __init__(self, what: str) -> None:
+        state = _state()
+        self.what, self.size, self.rank, self.device = what, state.num_processes, state.process_index, state.device
+        self._prefix = f"hf_attribution {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} {next(_number)}"
+        self._store, self._meetings = self._connect(), 0
+        self._last_signs: dict[int, tuple[bytes, float]] = {}
+        self._started, self._warned = time.monotonic(), False
+
+    def _connect(self) -> dist.Store:
+        """A connection of its own to the store by which the launcher's processes found each other."""
+        try:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        except KeyError as error:
+            raise ProcessError(f"{error.args[0]} is not set: start the processes by accelerate launch.") from error
+        return dist.PrefixStore(self._prefix, dist.TCPStore(address, port, is_master=False))
+
+    def meet(self) -> None:
+        """Wait until all processes are here, or find out that one will not come."""
+        self._meetings += 1
+        key = f"meeting {self._meetings}"
+        try:
+            if self._store.add(key, 1) == self.size:
+                self._store.set(f"{key} is complete", "1")
+            while not self._complete(f"{key} is complete"):
+                self._look()
+            if self.rank == 0:  # all have left the one before
+                self._store.delete_key(f"meeting {self._meetings - 1}")
+                self._store.delete_key(f"meeting {self._meetings - 1} is complete")
+        except RuntimeError as error:
+            raise ProcessError(f"{self.what}: the connection to process 0 is lost ({error}). {_REMEDY}") from error
+
+    def _complete(self, key: str) -> bool:
+        try:
+            self._store.wait([key], datetime.timedelta(seconds=LOOK))
+        except dist.DistStoreError:
+            return False
+        return True
+
+    def _look(self) -> None:
+        """Whether all others live."""
+        if self._store.check(["failure"]):
+            raise ProcessError(f"{self.what}: {self._store.get('failure').decode()} {_REMEDY}")
+        now, absent = time.monotonic(), []
+        for process in range(self.size):
+            if not self._store.check([f"alive {process}"]):
+                absent.append(str(process))
+                continue
+            sign = self._store.get(f"alive {process}")
+            last, since = self._last_signs.get(process, (b"", now))
+            if sign != last:
+                self._last_signs[process] = (sign, now)
+            elif now - since > SILENCE:
+                raise ProcessError(
+                    f"{self.what}: process {process} has given no sign of life for {SILENCE:.0f} seconds: it was "
+                    f"killed (out of memory?), stopped, or its machine is gone. {_REMEDY}"
+                )
+        if absent and now - self._started > SILENCE and not self._warned:
+            self._warned = True
+            logger.warning(f"Waiting for process {', '.join(absent)} to call {self.what}, too: all of a launch must.")
+
+    @contextlib.contextmanager
+    def alive(self) -> Iterator[None]:
+        """Leave signs of life for a while."""
+        over, store = threading.Event(), self._connect()
+        signs = itertools.count()
+
+        def beat() -> None:
+            with contextlib.suppress(RuntimeError):  # without a store nobody looks
+                store.set(f"alive {self.rank}", str(next(signs)))
+                while not over.wait(HEARTBEAT):
+                    store.set(f"alive {self.rank}", str(next(signs)))
+
+        heart = threading.Thread(target=beat, daemon=True)
+        heart.start()
+        try:
+            yield
+        finally:
+            over.set()
+            heart.join()
+
+    def tell(self, error: BaseException) -> None:
+        """Let the others know why this process stops."""
+        if not isinstance(error, ProcessError):
+            text = f"process {self.rank} stopped with {type(error).__name__}: {error}."
+            with contextlib.suppress(RuntimeError):
+                self._store.compare_set("failure", "", text)
+
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[None]:
+        self.meet()
+        try:
+            yield
+        except RuntimeError as error:
+            raise ProcessError(f"{self.what}: another process is lost ({error}). {_REMEDY}") from error
+
+    def add_up(self, pieces: Sequence[Tensor]) -> None:
+        """Add up flat tensors of one type in one exchange."""
+        joined = pieces[0].to(self.device) if len(pieces) == 1 else torch.cat([p.to(self.device) for p in pieces])
+        with self._exchange():
+            dist.all_reduce(joined)
+        for piece, found in zip(pieces, joined.split([len(piece) for piece in pieces]), strict=True):
+            if found.data_ptr() != piece.data_ptr():
+                piece.copy_(found)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Picklable things of all processes."""
+        found = [None] * self.size
+        with self._exchange():
+            dist.all_gather_object(found, value)
+        return found
+
+    def from_main(self, value: Any) -> Any:
+        """A picklable thing of the main process."""
+        found = [value]
+        with self._exchange():
+            dist.broadcast_object_list(found, src=0, device=self.device)
+        return found[0]
+
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Rows `[n, ...]` of all processes, of which each has its own number, known to all."""
+        padded = rows.new_zeros(max(counts), *rows.shape[1:], device=self.device)
+        padded[: len(rows)] = rows
+        found = [torch.empty_like(padded) for _ in counts]
+        with self._exchange():
+            dist.all_gather(found, padded)
+        return [each[:n] for each, n in zip(found, counts, strict=True)]
+
+
+def _fields(own: list[tuple[Tensor, ...]], sizes: list[list[int]]) -> list[tuple[list[int], list[Tensor]]]:
+    """For each process the sizes of its batches, and their fields, joined."""
+    assert _team is not None
+    if not sizes[0]:
+        return [(each, []) for each in sizes]
+    kinds = _team.from_main([(field.shape[1:], field.dtype) for field in own[0]] if own else None)
+    joined = [torch.cat(fields) for fields in zip(*own, strict=True)] or [
+        torch.empty(0, *s, dtype=d) for s, d in kinds
+    ]
+    counts = [sum(each) for each in sizes]
+    gathered = [_team.gather_rows(field, counts) for field in joined]
+    return [(each, [rows[number] for rows in gathered]) for number, each in enumerate(sizes)]
+
+
+_REMEDY = "All processes stop. Start the same command again; what is finished in cache_dir is not computed anew."
+
+
+def _launched() -> bool:
+    return dist.is_available() and (dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1)
+
+
+def _state() -> Any:
+    from accelerate import PartialState
+
+    return PartialState()
