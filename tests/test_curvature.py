@@ -12,7 +12,7 @@ from tiny import PointsConfig, PointsForSequenceClassification, normal_points
 
 from hf_attribution import DataInf, Diagonal, EKFac, KFac, attribute
 from hf_attribution.attribution import self_influence
-from hf_attribution.curvature import blocks, factors
+from hf_attribution.curvature import blocks, factors, kronecker
 from hf_attribution.curvature.kronecker import KroneckerCurvature, fit_curvature
 from hf_attribution.curvature.rows import CurvatureRows
 from hf_attribution.data import Split
@@ -330,6 +330,24 @@ def test_a_model_averages_with_others_each_with_its_own_damping(network):
         both = run(network, METHODS[name](**settings), checkpoints=[network, other]).values
         alone = [run(model, METHODS[name](**settings)).values for model in (network, other)]
         agree(both, (alone[0] + alone[1]) / 2)
+
+
+@pytest.mark.parametrize("curvature", ["true_fisher", "gauss_newton"])
+def test_what_the_second_pass_need_not_compute_again_changes_nothing(network, monkeypatch, curvature):
+    passes = []
+    network = copy.deepcopy(network)
+    network.register_forward_hook(lambda module, args, output: passes.append(len(output.logits)))
+    found = {}
+    for kept in (0, 1300, 2**20):  # of the five batches: none, some, all
+        monkeypatch.setattr(kronecker, "KEPT_BYTES", kept)
+        passes.clear()
+        curved = fit(network, TRAIN, "ekfac", curvature, Classification(), 5)
+        found[kept] = [s.eigenvalues for s in curved.spectra], sum(passes)
+    for some, _ in (found[1300], found[2**20]):
+        for one, other in zip(found[0][0], some, strict=True):
+            torch.testing.assert_close(one, other)
+    saved = [found[0][1] - found[kept][1] for kept in (1300, 2**20)]
+    assert 0 < saved[0] < saved[1] == N if curvature == "true_fisher" else saved == [0, 0]
 
 
 def test_what_is_drawn_depends_on_the_seed_alone(network):

@@ -38,8 +38,8 @@ class FactorSums:
         for term in terms:
             assert isinstance(term, (Outer, Lookup))
             left = term.left if isinstance(term, Outer) else term.ids[..., None]
-            used = used_positions(term)
-            left, right = left[used], term.right[used]
+            used = used_positions(term).flatten().nonzero()[:, 0]
+            left, right = left.flatten(0, 1)[used], term.right.flatten(0, 1)[used]
             left_weight = right_weight = None
             if mixed:
                 # A weight that is a table and a linear layer has gradients of two kinds, with factors of different

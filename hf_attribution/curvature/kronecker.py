@@ -23,6 +23,9 @@ from hf_attribution.seals import plain_json
 if TYPE_CHECKING:
     import datasets
 
+# Bytes of the gradients' factors that EK-FAC's first pass may keep for its second one: less than scoring takes.
+KEPT_BYTES = 3 * 2**25
+
 KINDS = ("diagonal", "kfac", "ekfac")
 
 
@@ -225,11 +228,12 @@ def fit_curvature(
     parameters = rows.gradients[0].parameters
     blocks = make_blocks(model, rows.probe(), parameters)
     spectra = [BlockSpectrum(b, Side(b.shape[0]), Side(b.shape[1]), _zeros(b, parameters)) for b in blocks]
+    kept = _Kept(np.zeros(len(rows.split), dtype=bool))
     if kind != "diagonal":
-        spectra = _find_bases(rows, spectra, progress)
+        spectra = _find_bases(rows, spectra, kept if kind == "ekfac" and rows.one_each else None, progress)
     if kind != "kfac":
         fixed = {"vector"} if kind == "ekfac" else set()
-        _refit(rows, [s for s in spectra if s.block.kind not in fixed], progress)
+        _refit(rows, [s for s in spectra if s.block.kind not in fixed], kept, progress)
     for spectrum in spectra:
         if not spectrum.eigenvalues.isfinite().all():
             rows.refuse_non_finite()
@@ -237,28 +241,63 @@ def fit_curvature(
     return KroneckerCurvature(tuple(spectra), len(rows.split), provenance or {})
 
 
-def _find_bases(rows: CurvatureRows, spectra: list[BlockSpectrum], progress: bool) -> list[BlockSpectrum]:
+@dataclass
+class _Kept:
+    """The matrices of EK-FAC's first pass that the second one need not compute again.
+
+    Args:
+        examples: The examples that they are of, `[N]` bool.
+        batches: Terms by block, of each batch.
+        num_bytes: Their memory.
+    """
+
+    examples: np.ndarray
+    batches: list[dict[str, list[Term]]] = field(default_factory=list)
+    num_bytes: int = 0
+
+    def offer(self, indices: Tensor, matrices: dict[str, list[Term]]) -> None:
+        """Keep a batch if it fits."""
+        tensors = (v for terms in matrices.values() for term in terms for v in vars(term).values())
+        more = sum(v.nbytes for v in tensors if isinstance(v, Tensor))
+        if self.num_bytes + more <= KEPT_BYTES:
+            self.batches.append(matrices)
+            self.examples[indices.numpy()] = True
+            self.num_bytes += more
+
+
+def _find_bases(
+    rows: CurvatureRows, spectra: list[BlockSpectrum], kept: _Kept | None, progress: bool
+) -> list[BlockSpectrum]:
     """Eigenvectors and K-FAC's eigenvalues of all blocks but vectors, of which the diagonal is summed up."""
     sums = {s.block.name: FactorSums(s.block, s.eigenvalues) for s in spectra if s.block.kind != "vector"}
     for gradients in tqdm(rows, desc="Kronecker factors", leave=False, disable=not progress):
+        matrices: dict[str, list[Term]] = {}
         for spectrum in spectra:
             terms = spectrum.block.matrices(gradients.terms)
             if terms and spectrum.block.name in sums:
                 sums[spectrum.block.name].add(terms)
+                matrices[spectrum.block.name] = terms if kept else []
             elif terms:
                 spectrum.eigenvalues.add_(sum_of_squares(terms, spectrum.left, spectrum.right))
         gradients.terms.clear()  # before the next batch needs memory for its own
+        if kept:
+            kept.offer(gradients.indices, matrices)
     return [BlockSpectrum(s.block, *sums.pop(s.block.name).bases()) if s.block.name in sums else s for s in spectra]
 
 
-def _refit(rows: CurvatureRows, spectra: list[BlockSpectrum], progress: bool) -> None:
+def _refit(rows: CurvatureRows, spectra: list[BlockSpectrum], kept: _Kept, progress: bool) -> None:
     """Replace eigenvalues by the sums of the gradients' squared entries in the basis."""
     for spectrum in spectra:
         spectrum.eigenvalues.zero_()
-    for gradients in tqdm(rows, desc="eigenvalues", leave=False, disable=not progress):
+    remaining = rows.batches(kept.examples) if kept.batches else rows
+    while kept.batches:
+        matrices = kept.batches.pop(0)
         for spectrum in spectra:
-            terms = spectrum.block.matrices(gradients.terms)
-            if terms:
+            if terms := matrices.get(spectrum.block.name):
+                spectrum.eigenvalues.add_(sum_of_squares(terms, spectrum.left, spectrum.right))
+    for gradients in tqdm(remaining, desc="eigenvalues", leave=False, disable=not progress):
+        for spectrum in spectra:
+            if terms := spectrum.block.matrices(gradients.terms):
                 spectrum.eigenvalues.add_(sum_of_squares(terms, spectrum.left, spectrum.right))
         gradients.terms.clear()
 

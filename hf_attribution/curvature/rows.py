@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,8 +61,17 @@ class CurvatureRows:
             functions = [functools.partial(output, number) for number in range(count)]
         self.gradients = [PerExampleGradients(model, function, probe, modules) for function in functions]
 
+    @property
+    def one_each(self) -> bool:
+        """Whether every example has one row, so that a pass comes by it once."""
+        return len(self.gradients) == 1
+
     def __iter__(self) -> Iterator[Gradients]:
-        for batch in self.split.batches():
+        return self.batches()
+
+    def batches(self, skip: np.ndarray | None = None) -> Iterator[Gradients]:
+        """The rows, batch by batch, without batches of skipped examples `[N]` alone."""
+        for batch in self.split.batches(skip):
             prepared = self._prepared(batch)
             for gradients in self.gradients:
                 yield gradients(prepared)

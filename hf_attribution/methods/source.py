@@ -214,6 +214,11 @@ class _MeanRows(CurvatureRows):
         self.part = part
         self.moments = rank_one(part.roots) if part.roots and method.solver == "ekfac" else None
 
+    @property
+    def one_each(self) -> bool:
+        """No: there is one for each checkpoint."""
+        return False
+
     def __iter__(self) -> Iterator[Gradients]:
         method, problem = self.part.method, self.part.problem
         for (model, _), share, number in zip(problem.models(), self.part.shares, self.part.numbers, strict=True):
