@@ -161,6 +161,44 @@ class EvaluateArguments:
 
 
 @dataclass
+class PushArguments:
+    """What goes to the Hub, and where."""
+
+    _argument_group_name: ClassVar[str] = "push"
+
+    artefact: str = field(metadata={"help": "File of scores, retrainings or subsets."})
+    repo_id: str = field(metadata={"help": "Dataset repository on the Hub, user/name. It is made if it is missing."})
+    private: bool = option("Make the repository private; one that is public is refused.", False)
+    revision: str | None = option("Branch. By default main.")
+    top_k: int = option("Training examples that are shown for each query of scores.", 10)
+    columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Columns of --dataset_name to publish beside scores. By default all; none without it."},
+    )
+    counterfactuals: str | None = option("File of retrainings to measure the LDS of scores by, for the card.")
+    model_id: str | None = option("The model on the Hub. By default as recorded, if it came from there.")
+    model_revision: str | None = option("Its commit.")
+    dataset_id: str | None = option("The training dataset on the Hub. By default as recorded, if it came from there.")
+    dataset_revision: str | None = option("Its commit.")
+    license: str | None = option("Licence of what is pushed, as the Hub names it: cc-by-4.0.")
+    language: str | None = option("Language of the texts: en.")
+
+
+@dataclass
+class PullArguments:
+    """What is fetched from the Hub, and where to."""
+
+    _argument_group_name: ClassVar[str] = "pull"
+
+    repo_id: str = field(metadata={"help": "Dataset repository on the Hub that was pushed to."})
+    output_file: str = field(metadata={"help": "Where what it holds is written: .safetensors."})
+    revision: str | None = option("Branch, tag or commit. By default main.")
+
+    def __post_init__(self) -> None:
+        check_output_file(self.output_file)
+
+
+@dataclass
 class DemoArguments:
     """Which acts of the demo to play, and how long."""
 

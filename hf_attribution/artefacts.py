@@ -6,9 +6,10 @@ An artefact on disk is one safetensors file whose header carries, beside the arr
 from __future__ import annotations
 
 import abc
+import contextlib
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,12 +17,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from hf_attribution.errors import ArtefactError
-from hf_attribution.seals import content_fingerprint, dumps, fingerprint, open_seal, seal, unseal
+from hf_attribution.seals import content_fingerprint, dumps, fingerprint, open_seal, seal, seal_kind, unseal
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Artefact", "fingerprint", "first_non_finite", "freeze", "read_artefact", "write_artefact"]
+__all__ = ["Artefact", "artefact_kind", "fingerprint", "first_non_finite", "freeze", "read_artefact", "write_artefact"]
 
 _SEAL = "hf_attribution"  # the key in a safetensors header
 _SAFETENSORS_NAMES = {
@@ -101,6 +102,32 @@ def read_artefact(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np
         FileNotFoundError: There is no such file.
         ArtefactError: The file is truncated, changed or foreign, of another kind, or of a newer schema.
     """
+    with _opened(path, kind) as (file, text):
+        sealed = open_seal(text, kind, str(path))
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    return arrays, unseal(sealed, arrays, str(path))
+
+
+def artefact_kind(path: str | os.PathLike[str]) -> str:
+    """Tell what a file of `write_artefact` holds, from its header.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The kind: `"scores"`, say.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ArtefactError: The file is truncated or foreign.
+    """
+    with _opened(path, "artefact") as (_, text):
+        return seal_kind(text, str(path))
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str], kind: str) -> Iterator[tuple[Any, str | None]]:
+    """The file and the text of its seal."""
     source = Path(path)
     if not source.exists():
         raise FileNotFoundError(f"There is no {kind} file at {source}.")
@@ -108,13 +135,11 @@ def read_artefact(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np
         raise ArtefactError(f"{source} is a folder, not a {kind} file: give the name of the file in it.")
     try:
         with safe_open(source, framework="numpy") as file:
-            sealed = open_seal((file.metadata() or {}).get(_SEAL), kind, str(source))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            yield file, (file.metadata() or {}).get(_SEAL)
     except (SafetensorError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise ArtefactError(
             f"{source} is truncated, damaged or no safetensors file ({error}). Write it again or fetch another copy."
         ) from error
-    return arrays, unseal(sealed, arrays, str(source))
 
 
 class Artefact(abc.ABC):

@@ -24,6 +24,7 @@ from hf_attribution.methods import Method, Scored, get_method
 from hf_attribution.part_scores import PartScores
 from hf_attribution.problem import Checkpoint, Problem
 from hf_attribution.processes import count, from_main, gather, is_main, sharing
+from hf_attribution.provenance import hub_sources
 from hf_attribution.replay.run import RecordedRun
 from hf_attribution.scores import Scores
 from hf_attribution.store.precision import check_dtype
@@ -110,7 +111,7 @@ def attribute(
             logger.info(f"{chosen.name} chose {json.dumps(scored.choices, default=str)}")
         values = np.asarray(scored.values, dtype=np.float32)
         _check_values(values, chosen.shape(problem), chosen.name)
-        provenance = _provenance(problem, used_subsets, scored, started)
+        provenance = _provenance(problem, chosen, used_subsets, scored, started)
     return Scores(values=values, method=chosen.name, settings=chosen.settings, provenance=provenance)
 
 
@@ -153,7 +154,7 @@ def attribute_parts(
     started = time.perf_counter()
     with sharing("attribute_parts"), _problem(model, train_dataset, query_dataset, **setup) as (problem, used_subsets):
         layout, scored = chosen.part_scores(problem, granularity)
-        provenance = _provenance(problem, used_subsets, scored, started)
+        provenance = _provenance(problem, chosen, used_subsets, scored, started)
     return PartScores(
         scored.values, layout.examples, layout.parts, granularity, layout.names, chosen.name, chosen.settings,
         provenance,
@@ -209,12 +210,16 @@ def _score(method: Method, problem: Problem) -> Scored:
     return from_main(lambda: method.score(problem)) if method.needs_run else method.score(problem)
 
 
-def _provenance(problem: Problem, used_subsets: dict[str, Any], scored: Scored, started: float) -> dict[str, Any]:
+def _provenance(
+    problem: Problem, chosen: Method, used_subsets: dict[str, Any], scored: Scored, started: float
+) -> dict[str, Any]:
     """What scores came from."""
     return {
         "fingerprints": problem.fingerprints,
         "measurement": problem.task.measurement_name,
         "task": problem.task.description,
+        "sources": hub_sources(problem.model, problem.train_dataset),
+        "paper": getattr(chosen, "paper", None),  # a method of one's own may have none
         "checkpoints": [checkpoint.name for checkpoint in problem.checkpoints],
         "weights": problem.weights,
         "store_dtype": problem.store_dtype,

@@ -22,6 +22,8 @@ from hf_attribution.arguments import (
     EstimateArguments,
     EvaluateArguments,
     ModelArguments,
+    PullArguments,
+    PushArguments,
     RetrainArguments,
 )
 
@@ -175,6 +177,41 @@ def evaluate_command(argv: Sequence[str]) -> None:
         _say(_comparison(scores, reports, truth))
 
 
+def push_command(argv: Sequence[str]) -> None:
+    """Put scores, retrainings or subsets into a dataset repository on the Hub: tables, and a card that explains them.
+
+    With --dataset_name (and the options that were given to attribute) the rows of the training examples are published
+    beside their scores, with --query_split or --query_dataset_name also those of the queries. Log in before:
+    `hf auth login`, or HF_TOKEN.
+    """
+    args, data_args = _parse("push", (PushArguments, DataArguments), argv)
+    from hf_attribution.counterfactuals import Counterfactuals
+    from hf_attribution.hub.card import AttributionCardData
+    from hf_attribution.hub.files import load
+    from hf_attribution.scores import Scores
+
+    known = {each.name for each in dataclasses.fields(AttributionCardData)}
+    said = AttributionCardData(**{name: value for name, value in vars(args).items() if name in known})
+    options = {"private": args.private or None, "revision": args.revision, "card_data": said}
+    artefact = load(args.artefact)
+    if isinstance(artefact, Scores):
+        options |= {"top_k": args.top_k, **_shown(data_args, args.columns)}
+        if args.counterfactuals is not None:
+            options["counterfactuals"] = Counterfactuals.load(args.counterfactuals)
+    _say(f"{artefact!r}: {artefact.push_to_hub(args.repo_id, **options)}")
+
+
+def pull_command(argv: Sequence[str]) -> None:
+    """Fetch scores, retrainings or subsets from the Hub, check them, and write them to a file."""
+    (args,) = _parse("pull", (PullArguments,), argv)
+    from hf_attribution.hub.access import Place
+    from hf_attribution.hub.files import fetch
+
+    artefact = fetch(Place(args.repo_id, args.revision))
+    artefact.save(args.output_file)
+    _say(f"{artefact!r}: {args.output_file}")
+
+
 def methods_command(argv: Sequence[str]) -> None:
     """List the attribution methods, their settings and where they come from."""
     _parse("methods", (), argv)
@@ -225,6 +262,13 @@ COMMANDS = {
         "--scores trak.safetensors grad_cos.safetensors --counterfactuals truth.safetensors "
         "--dataset_name nyu-mll/glue --dataset_config_name sst2 --max_train_examples 2000",
     ),
+    "push": Command(
+        push_command,
+        "put scores or retrainings on the Hub",
+        "--artefact trak.safetensors --repo_id me/sst2-trak --counterfactuals truth.safetensors --license cc-by-4.0 "
+        "--dataset_name nyu-mll/glue --dataset_config_name sst2 --columns sentence label",
+    ),
+    "pull": Command(pull_command, "fetch them from the Hub", "--repo_id me/sst2-trak --output_file trak.safetensors"),
     "methods": Command(methods_command, "list attribution methods and their settings"),
 }
 
@@ -280,6 +324,20 @@ def _chosen(get: Callable[..., Any], args: AttributeArguments | EstimateArgument
         return get(args.method, **args.settings)
     except (KeyError, TypeError) as error:
         raise ValueError(error.args[0]) from error
+
+
+def _shown(args: DataArguments, columns: list[str] | None) -> dict[str, Any]:
+    """The rows to publish beside scores."""
+    from hf_attribution.splits import load_query, load_train
+
+    shown: dict[str, Any] = {}
+    if args.dataset_name is not None or columns:
+        shown["train_dataset"] = load_train(args)
+        if args.query_split or args.query_dataset_name:
+            shown["query_dataset"] = load_query(args)
+    if columns:
+        shown = {name: dataset.select_columns(columns) for name, dataset in shown.items()}
+    return shown
 
 
 def _nearest(word: str, words: Any) -> str:

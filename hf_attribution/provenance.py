@@ -1,8 +1,10 @@
-"""Where results came from, when several of them become one."""
+"""Where results came from: of one, and of several that become one."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hf_attribution.errors import MismatchError
@@ -48,3 +50,35 @@ def merge_provenance(parts: Sequence[Mapping[str, Any]], shared: Sequence[str]) 
         if found:
             merged[key] = join(found)
     return merged
+
+
+def hub_sources(model: Any, dataset: Any) -> dict[str, dict[str, str]]:
+    """Where on the Hub model and dataset were loaded from, as far as can be told: for the cards of results.
+
+    Args:
+        model: A model; it knows the name that it was loaded by, before it was trained further.
+        dataset: A dataset; the files that it lies in know the commit that they were made from.
+
+    Returns:
+        `{"model": {"id": ...}, "dataset": {"id": ..., "revision": ...}}`, each only where it is known. Never a local
+        path.
+    """
+    sources: dict[str, dict[str, str]] = {}
+    name = getattr(getattr(model, "config", None), "name_or_path", None) or ""
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists():
+        sources["model"] = {"id": name}
+    for file in getattr(dataset, "cache_files", ()):
+        source = _cached_dataset(Path(file["filename"]).parent.name)
+        if source is not None:
+            sources["dataset"] = source
+    return sources
+
+
+def _cached_dataset(commit: str) -> dict[str, str] | None:
+    """The dataset repository in the Hub's cache that has this commit."""
+    from huggingface_hub import constants
+
+    if re.fullmatch("[0-9a-f]{40}", commit):
+        for folder in Path(constants.HF_HUB_CACHE).glob(f"datasets--*/snapshots/{commit}"):
+            return {"id": "/".join(folder.parts[-3].split("--")[1:]), "revision": commit}
+    return None

@@ -85,11 +85,28 @@ def open_seal(text: str | None, kind: str, source: str) -> dict[str, Any]:
     Raises:
         ArtefactError: It is none of ours, of another kind, or of a newer schema.
     """
+    fields = _fields(text, kind, source)
+    if fields["kind"] != kind:
+        raise ArtefactError(f"{source} holds {fields['kind']}, not {kind}: load it with the class that wrote it.")
+    return fields
+
+
+def seal_kind(text: str | None, source: str) -> str:
+    """Return the kind that a seal names, with the errors of `open_seal`."""
+    return _fields(text, "artefact", source)["kind"]
+
+
+def _fields(text: str | None, kind: str, source: str) -> dict[str, Any]:
+    """Return the fields of a seal that this version reads.
+
+    Raises:
+        ArtefactError: There is none, or it is of a newer schema.
+    """
     if text is None:
         raise ArtefactError(f"{source} is no {kind} of hf_attribution: it lacks our metadata. Was it written by us?")
     try:
         fields = json.loads(text)
-        version, found = fields["schema_version"], fields["kind"]
+        version, _ = fields["schema_version"], fields["kind"]
         newer = version > SCHEMA_VERSION
     except (ValueError, TypeError, KeyError) as error:
         raise ArtefactError(f"{source} has metadata that cannot be read ({error!r}). Write it again.") from error
@@ -98,8 +115,6 @@ def open_seal(text: str | None, kind: str, source: str) -> dict[str, Any]:
             f"{source} has schema version {version} and this hf_attribution reads up to {SCHEMA_VERSION}: "
             "pip install -U hf-attribution."
         )
-    if found != kind:
-        raise ArtefactError(f"{source} holds {found}, not {kind}: load it with the class that wrote it.")
     return fields
 
 

@@ -569,3 +569,105 @@ def test_damage_and_missing_files_are_noticed(hub, client, small_shards):
     files = {each: file for each, file in repo.files.items() if each != path}
     repo.commit(files, "lose one")
     assert "1 files of scores are missing" in client.fails("Scores.from_hub('ada/damaged')")
+
+
+# What is known of itself
+
+
+def test_model_and_dataset_from_the_hub_are_named(hub, client):
+    hub.create("models/ada/tiny")
+    hub.add("models/ada/tiny", "config.json", b'{"model_type": "bert"}')
+    client.run(
+        """
+        import types
+        from hf_attribution.provenance import hub_sources
+        from transformers import AutoConfig
+        train.push_to_hub("ada/rows")
+        rows = datasets.load_dataset("ada/rows", split="train").map(lambda row: {"length": len(row["text"])})
+        model = types.SimpleNamespace(config=AutoConfig.from_pretrained("ada/tiny"))
+        sources = hub_sources(model, rows.select(range(40)))
+        scores = Scores(np.eye(40), "trak", {}, {"sources": sources, "paper": "Park et al. 2023"})
+        scores.push_to_hub("ada/sourced")
+        """
+    )
+    sources = json.loads(client.run("import json; print(json.dumps(sources))"))
+    commit = hub.repos["datasets/ada/rows"].branches["main"]
+    assert sources == {"model": {"id": "ada/tiny"}, "dataset": {"id": "ada/rows", "revision": commit}}
+    text = card(hub, "datasets/ada/sourced")
+    assert f"https://huggingface.co/datasets/ada/rows/tree/{commit}" in text
+    assert "| paper | Park et al. 2023 |" in text
+    assert front_matter(text)["source_datasets"] == ["ada/rows"]
+    assert client.run("print(hub_sources(object(), train))") == "{}"
+
+
+# The shell
+
+
+def test_push_and_pull_in_the_shell(hub, client, tmp_path):
+    client.run(
+        f"""
+        from pathlib import Path
+        from hf_attribution.cli import main
+        folder = Path({str(tmp_path)!r})
+        train.to_parquet(str(folder / "train.parquet"))
+        scores = make_scores()
+        scores.save(folder / "scores.safetensors")
+        make_truth(scores).save(folder / "truth.safetensors")
+
+        def shell(line):
+            return main(line.replace("FOLDER", str(folder)).split())
+        """
+    )
+    client.run("assert shell('push --artefact FOLDER/truth.safetensors --repo_id ada/shell-truth') == 0")
+    options = "--private --top_k 2 --license mit --counterfactuals FOLDER/truth.safetensors"
+    rows = "--dataset_name FOLDER/train.parquet --columns text label"
+    push = f"push --artefact FOLDER/scores.safetensors --repo_id ada/shell {options} {rows}"
+    printed = client.run(f"assert shell('{push}') == 0")
+    assert printed.startswith("Scores(trak, 6 queries x 40 training examples): http")
+    assert hub.repos["datasets/ada/shell"].private
+    metadata = front_matter(card(hub, "datasets/ada/shell"))
+    assert metadata["license"] == "mit"
+    assert [each["type"] for each in metadata["model-index"][0]["results"][0]["metrics"]] == ["lds", "partial_lds"]
+    client.run("assert datasets.load_dataset('ada/shell', split='train').num_rows == 12")
+    for name, kind in (("shell", "Scores"), ("shell-truth", "Counterfactuals")):
+        client.run(f"assert shell('pull --repo_id ada/{name} --output_file FOLDER/back.safetensors') == 0")
+        client.run(f"back = {kind}.load(folder / 'back.safetensors')")
+        client.run(
+            "assert back.fingerprint == (scores if isinstance(back, Scores) else make_truth(scores)).fingerprint"
+        )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("push --artefact FOLDER/none.safetensors --repo_id ada/none", "There is no artefact file at"),
+        ("push --artefact FOLDER/text.txt --repo_id ada/none", "is truncated, damaged or no safetensors file"),
+        ("push --artefact FOLDER/scores.safetensors --repo_id bob/none", "write access to 'bob'"),
+        ("push --artefact FOLDER/scores.safetensors --repo_id ada/none --columns text", "give --dataset_name"),
+        ("pull --repo_id ada/none --output_file FOLDER/x.safetensors", "there is no such dataset repository"),
+        ("pull --repo_id ada/foreign --output_file FOLDER/x.safetensors", "holds nothing that hf_attribution pushed"),
+        ("pull --repo_id ada/none --output_file FOLDER", "is a folder"),
+        ("pull --repo_id ../../etc --output_file FOLDER/x.safetensors", "Repo id must"),
+    ],
+)
+def test_errors_in_the_shell_are_one_line(hub, client, tmp_path, line, message):
+    hub.create("datasets/ada/foreign")
+    client.run(
+        f"""
+        import contextlib, io
+        from pathlib import Path
+        from hf_attribution.cli import main
+        folder = Path({str(tmp_path)!r})
+        make_scores().save(folder / "scores.safetensors")
+        (folder / "text.txt").write_text("text")
+        told = io.StringIO()
+        with contextlib.redirect_stderr(told):
+            code = main({line!r}.replace("FOLDER", str(folder)).split())
+        assert code == 2
+        """
+    )
+    error = client.run("print(told.getvalue())")
+    assert error.startswith("hf-attribution: error: ")
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "x.safetensors").exists()

@@ -208,7 +208,7 @@ def _completed(
     for name in ("model", "dataset"):
         source = provenance.get("sources", {}).get(name)
         if source and getattr(said, f"{name}_id") is None:
-            found |= {f"{name}_id": source["id"], f"{name}_revision": source["revision"]}
+            found |= {f"{name}_id": source["id"], f"{name}_revision": source.get("revision")}
     return dataclasses.replace(said, **found)
 
 
