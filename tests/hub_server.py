@@ -9,13 +9,16 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import re
 import threading
 import urllib.parse
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
 TOKENS = {"hf_writer": "write", "hf_reader": "read"}
 USER = "ada"
 _NUMBERS = itertools.count()  # no two commits have one name, in whatever repository
@@ -119,6 +122,14 @@ class Hub:
     def asked(self, pattern: str) -> list[str]:
         """The requests so far that match."""
         return [line for line in self.requests if re.search(pattern, line)]
+
+
+def environment(url: str, folder: Path, token: str | None = "hf_writer") -> dict[str, str]:
+    """The environment of a process that takes the server for the Hub, with a cache of its own."""
+    unset = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_TOKEN")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    cache = {"HF_HOME": str(folder), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return {**kept, **cache, "HF_ENDPOINT": url, "PYTHONPATH": str(ROOT), **({"HF_TOKEN": token} if token else {})}
 
 
 class Handler(BaseHTTPRequestHandler):

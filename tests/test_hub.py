@@ -4,20 +4,16 @@
 """
 
 import json
-import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from hub_server import Hub
+from hub_server import Hub, environment
 
 from hf_attribution import Scores
-
-ROOT = Path(__file__).parents[1]
 
 WORKER = """
 import contextlib, io, json, sys, traceback
@@ -35,13 +31,6 @@ for line in sys.stdin:
         answer = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     print(json.dumps({**answer, "printed": printed.getvalue()}), flush=True)
 """
-
-
-def environment(url, folder, token="hf_writer"):
-    unset = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_TOKEN")
-    kept = {name: value for name, value in os.environ.items() if name not in unset}
-    cache = {"HF_HOME": str(folder), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return {**kept, **cache, "HF_ENDPOINT": url, "PYTHONPATH": str(ROOT), **({"HF_TOKEN": token} if token else {})}
 
 
 class Client:
