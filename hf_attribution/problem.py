@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from hf_attribution.adapters import adapters_trainable
 from hf_attribution.artefacts import fingerprint
 from hf_attribution.curvature.parts import Layout, module_layout, part_products, token_layout
+from hf_attribution.curvature.ridge import in_memory
 from hf_attribution.data import Split
 from hf_attribution.gradients.directions import Preconditioner
 from hf_attribution.gradients.features import compute_features
 from hf_attribution.gradients.held import Source
 from hf_attribution.gradients.moments import DividedGradients, SecondMoments
 from hf_attribution.gradients.per_example import PerExampleGradients
-from hf_attribution.gradients.products import feature_products, gradient_products, squared_lengths
+from hf_attribution.gradients.products import gradient_products, squared_lengths
 from hf_attribution.gradients.projections import Projection
+from hf_attribution.gradients.stored import StoredProducts, StoredScores, as_stored, unit_length
 from hf_attribution.inputs import evaluating, weights_fingerprint
 from hf_attribution.processes import from_main
 from hf_attribution.replay.run import RecordedRun
@@ -167,14 +169,41 @@ class Problem:
             float32 `[Q, N]`.
         """
         if dim is not None:
-            projection = Projection(dim, seed)
-            return feature_products(
-                self.features(model, self.task.measurement, self.query, projection, modules),
-                self.features(model, self.task.gains, self.train, projection, modules),
-                normalize,
-            )
+            return StoredScores([self.stored_products(model, modules, dim, seed, normalize)]).matrix()
         queries, train = self.sources(model, modules)
         return gradient_products(queries, train, normalize, self.progress)
+
+    def stored_products(
+        self,
+        model: nn.Module,
+        modules: Sequence[str] | None,
+        dim: int,
+        seed: int = 0,
+        normalize: bool = False,
+    ) -> StoredProducts:
+        """Inner products of projected gradients, from stored features; else as `products`."""
+        projection, vectors = Projection(dim, seed), unit_length if normalize else as_stored
+        train = self.features(model, self.task.gains, self.train, projection, modules)
+        queries = in_memory(self.features(model, self.task.measurement, self.query, projection, modules))
+        return StoredProducts(vectors(slice(None), queries), train, vectors)
+
+    def stored_sum(
+        self, function: Callable[[nn.Module, int], StoredProducts], weights: np.ndarray | None = None
+    ) -> StoredScores:
+        """The average over the checkpoints, by their weights, of products with stored features.
+
+        Args:
+            function: Takes a model and its number.
+            weights: float32 `[N]`, what the scores of each training example are multiplied with.
+
+        Returns:
+            What gives the scores in blocks.
+        """
+        terms = []
+        for number, (model, share) in enumerate(self.models()):
+            products = function(model, number)
+            terms.append(dataclasses.replace(products, queries=share * products.queries))
+        return StoredScores(terms, weights)
 
     def sources(self, model: nn.Module, modules: Sequence[str] | None = None) -> tuple[Source, Source]:
         """The gradients of the queries' measurements, and of what training on the examples raises."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -112,6 +112,38 @@ def from_rows(dataset: datasets.Dataset, kind: str) -> tuple[dict[str, np.ndarra
     return columns, unseal(fields, columns, "The dataset")
 
 
+def ranked_rows(
+    indices: np.ndarray, scores: np.ndarray, train_dataset: datasets.Dataset | None = None
+) -> datasets.Dataset:
+    """Ranked training examples of each query as rows, with the examples' own columns.
+
+    Args:
+        indices: Positions of training examples, `[Q, k]`.
+        scores: Their scores, `[Q, k]`.
+        train_dataset: The training set; its columns are joined, as they are. One that bears one of our names gets
+            the prefix `train_`.
+
+    Returns:
+        `query`, `rank` (from 1), `train_index`, `score`, and the columns of `train_dataset`.
+    """
+    import datasets
+
+    num_queries, k = indices.shape
+    rows = datasets.Dataset.from_dict(
+        {
+            "query": np.arange(num_queries).repeat(k),
+            "rank": np.tile(np.arange(1, k + 1), num_queries),
+            "train_index": indices.reshape(-1),
+            "score": scores.reshape(-1),
+        }
+    )
+    if train_dataset is None:
+        return rows
+    examples = train_dataset.with_format(None).select(indices.reshape(-1))
+    names = _unlike(train_dataset.column_names, rows.column_names)
+    return datasets.concatenate_datasets([rows, examples.rename_columns(names)], axis=1)
+
+
 def column_to_numpy(column: Any) -> np.ndarray:
     """Return a column of an Arrow table as `[rows]`, or `[rows, width]` if it holds lists of fixed length.
 
@@ -126,3 +158,14 @@ def column_to_numpy(column: Any) -> np.ndarray:
         return column.to_numpy()
     parts = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
     return np.concatenate(parts).reshape(len(column), column.type.list_size)
+
+
+def _unlike(names: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
+    """Return new names, with `train_` the names that are taken, until they are not."""
+    renamed: dict[str, str] = {}
+    for name in names:
+        new = name
+        while new in taken or (new != name and new in names):
+            new = f"train_{new}"
+        renamed[name] = new
+    return renamed

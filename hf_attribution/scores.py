@@ -12,7 +12,7 @@ from hf_attribution.artefacts import first_non_finite, freeze
 from hf_attribution.counterfactuals import Subsets
 from hf_attribution.errors import MismatchError, NonFiniteError
 from hf_attribution.provenance import merge_provenance
-from hf_attribution.rows import TabularArtefact, from_rows, to_rows
+from hf_attribution.rows import TabularArtefact, from_rows, ranked_rows, to_rows
 from hf_attribution.seals import plain_json
 
 if TYPE_CHECKING:
@@ -135,9 +135,7 @@ class Scores(TabularArtefact):
         return self._extremes(k, train_dataset, sign=-1)
 
     def _extremes(self, k: int, train_dataset: datasets.Dataset | None, sign: int) -> datasets.Dataset:
-        import datasets
-
-        num_queries, num_examples = self.values.shape
+        num_examples = self.values.shape[1]
         if k < 1:
             raise ValueError(f"k={k}: ask for at least 1 training example a query.")
         if train_dataset is not None and len(train_dataset) != num_examples:
@@ -147,19 +145,7 @@ class Scores(TabularArtefact):
             )
         k = min(k, num_examples)
         chosen = np.stack([_largest(sign * row, k) for row in self.values])
-        rows = datasets.Dataset.from_dict(
-            {
-                "query": np.arange(num_queries).repeat(k),
-                "rank": np.tile(np.arange(1, k + 1), num_queries),
-                "train_index": chosen.reshape(-1),
-                "score": np.take_along_axis(self.values, chosen, axis=1).reshape(-1),
-            }
-        )
-        if train_dataset is None:
-            return rows
-        examples = train_dataset.with_format(None).select(chosen.reshape(-1))
-        names = _unlike(train_dataset.column_names, rows.column_names)
-        return datasets.concatenate_datasets([rows, examples.rename_columns(names)], axis=1)
+        return ranked_rows(chosen, np.take_along_axis(self.values, chosen, axis=1), train_dataset)
 
     @classmethod
     def mean(cls, members: Sequence[Scores]) -> Scores:
@@ -317,14 +303,3 @@ def _largest(row: np.ndarray, k: int) -> np.ndarray:
     above, equal = np.flatnonzero(row > smallest), np.flatnonzero(row == smallest)
     chosen = np.concatenate([above, equal[: k - len(above)]])
     return chosen[np.argsort(-row[chosen], kind="stable")] if k > 1 else chosen
-
-
-def _unlike(names: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
-    """Return new names, with `train_` the names that are taken, until they are not."""
-    renamed: dict[str, str] = {}
-    for name in names:
-        new = name
-        while new in taken or (new != name and new in names):
-            new = f"train_{new}"
-        renamed[name] = new
-    return renamed

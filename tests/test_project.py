@@ -22,6 +22,7 @@ LAYERS = (
         "provenance",
         "reliability",
         "scores",
+        "top_scores",
         "part_scores",
         "subsets",
         "counterfactuals",

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from hf_attribution.curvature.dual import DampedKernel
+from hf_attribution.gradients.stored import StoredProducts, StoredScores
 from hf_attribution.store import FeatureStore
 
 
@@ -33,17 +34,19 @@ class RidgeRegression:
         self.ridge = damping * float(self._matrix.trace()) / len(train)
         self._damped = DampedKernel(self._matrix, self.ridge)
 
-    def scores(self) -> np.ndarray:
-        """Scores of all training examples for the queries: float32 `[Q, N]`."""
+    def products(self) -> StoredProducts:
+        """Scores of all training examples for the queries, as products with the stored features."""
         assert self._query is not None
         queries = in_memory(self._query)
-        if self._few:
-            return self._damped.solve(queries @ in_memory(self._train).T).float().numpy()
-        solved = self._damped.solve(queries).float()
-        scores = np.empty((len(queries), len(self._train)), dtype=np.float32)
-        for where, block in self._train.blocks():
-            scores[:, where] = (solved @ block.T).numpy()
-        return scores
+        if not self._few:
+            return StoredProducts(self._damped.solve(queries).float(), self._train)
+        # Through the kernel each example has a vector of its own: a unit vector.
+        solved, units = self._damped.solve(queries @ in_memory(self._train).T).float(), torch.eye(len(self._train))
+        return StoredProducts(solved, self._train, lambda where, block: units[where])
+
+    def scores(self) -> np.ndarray:
+        """Scores of all training examples for the queries: float32 `[Q, N]`."""
+        return StoredScores([self.products()]).matrix()
 
     def self_influence(self) -> np.ndarray:
         """`φ_i (ΦᵀΦ + λI)⁻¹ φ_i` of all training examples, their leverages: float32 `[N]`."""

@@ -9,7 +9,6 @@ from tqdm.auto import tqdm
 
 from hf_attribution.gradients.checks import refuse_non_finite
 from hf_attribution.gradients.held import Held, Source, concatenate
-from hf_attribution.store import FeatureStore
 
 # Bytes that the gradients of a block of rows may take; all other data are read once per block.
 BLOCK_BYTES = 2**30
@@ -111,17 +110,6 @@ def _fill(kernel: Tensor, one: Held, other: Held) -> None:
     products = one.products(other).to(kernel)
     kernel[one.indices[:, None], other.indices] = products
     kernel[other.indices[:, None], one.indices] = products.T
-
-
-def feature_products(queries: FeatureStore, train: FeatureStore, normalize: bool = False) -> np.ndarray:
-    """Inner products (or cosines) of stored projections: float32 `[Q, N]`, in blocks of matrix products."""
-    left = torch.cat([block for _, block in queries.blocks()])
-    left = torch.nn.functional.normalize(left) if normalize else left
-    scores = np.empty((len(queries), len(train)), dtype=np.float32)
-    for where, block in train.blocks():
-        block = torch.nn.functional.normalize(block) if normalize else block
-        scores[:, where] = (left @ block.T).numpy()
-    return scores
 
 
 def _take_block(stream: Iterator[Held]) -> list[Held]:

@@ -10,6 +10,7 @@ from torch import nn
 from hf_attribution.curvature.parts import Layout
 from hf_attribution.errors import UnsupportedError
 from hf_attribution.gradients.layers import last_linear
+from hf_attribution.gradients.stored import StoredScores
 from hf_attribution.problem import Problem
 
 
@@ -51,6 +52,24 @@ class Method:
             Values `[Q, N]` and what was chosen automatically.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no score.")
+
+    def stored_scores(self, problem: Problem) -> StoredScores:
+        """The scores as products with stored features, for `attribute_top`.
+
+        Args:
+            problem: Model, task, data.
+
+        Returns:
+            What gives the scores in blocks.
+
+        Raises:
+            UnsupportedError: If the scores are no such products.
+        """
+        raise UnsupportedError(
+            f"The scores of {self.name} with these settings are no products with stored gradients: use 'trak', "
+            "'logra', 'trackstar', or 'grad_dot', 'grad_cos' or 'tracin' with a dim, or take all scores with "
+            "`attribute(...).top(k)`."
+        )
 
     def self_influence(self, problem: Problem) -> np.ndarray:
         """What every training example does for itself: its score for its own gain, minus its own loss.

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+from hf_attribution.gradients.stored import StoredScores
 from hf_attribution.methods.base import ProductMethod, Scored
 from hf_attribution.problem import Problem
 
@@ -26,3 +27,12 @@ class GradCos(ProductMethod):
     def score(self, problem: Problem) -> Scored:
         """Multiply the unit gradients."""
         return Scored(problem.average(lambda model, _: self.products(problem, model, normalize=True)))
+
+    def stored_scores(self, problem: Problem) -> StoredScores:
+        """Cosines of projected gradients."""
+        dim = self.dim
+        if dim is None:
+            return super().stored_scores(problem)
+        return problem.stored_sum(
+            lambda model, _: problem.stored_products(model, self.modules_of(model), dim, self.seed, normalize=True)
+        )

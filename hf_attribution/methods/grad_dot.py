@@ -6,6 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from hf_attribution.curvature.parts import Identity, Layout
+from hf_attribution.gradients.stored import StoredScores
 from hf_attribution.methods.base import ProductMethod, Scored
 from hf_attribution.problem import Problem
 
@@ -27,6 +28,15 @@ class GradDot(ProductMethod):
     def score(self, problem: Problem) -> Scored:
         """Multiply the gradients."""
         return Scored(problem.average(lambda model, _: self.products(problem, model)))
+
+    def stored_scores(self, problem: Problem) -> StoredScores:
+        """Products of projected gradients."""
+        dim = self.dim
+        if dim is None:
+            return super().stored_scores(problem)
+        return problem.stored_sum(
+            lambda model, _: problem.stored_products(model, self.modules_of(model), dim, self.seed)
+        )
 
     def self_influence(self, problem: Problem) -> np.ndarray:
         """The gradients' squared lengths."""

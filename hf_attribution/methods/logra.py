@@ -8,6 +8,7 @@ from torch import nn
 
 from hf_attribution.curvature.ridge import RidgeRegression
 from hf_attribution.gradients.projections import Projection
+from hf_attribution.gradients.stored import StoredProducts, StoredScores
 from hf_attribution.methods.base import GradientMethod, Scored, positive_damping
 from hf_attribution.problem import Problem
 
@@ -43,14 +44,18 @@ class LoGra(GradientMethod):
 
     def score(self, problem: Problem) -> Scored:
         """Solve in the space of the projections."""
+        return Scored(self.stored_scores(problem).matrix(), {"damping": self._damping})
 
-        def scores(model: nn.Module, number: int) -> np.ndarray:
+    def stored_scores(self, problem: Problem) -> StoredScores:
+        """Products of solved query features with training features."""
+
+        def products(model: nn.Module, number: int) -> StoredProducts:
             projection, modules = Projection(self.dim, self.seed + number), self.modules_of(model)
             train = problem.features(model, problem.task.gains, problem.train, projection, modules)
             query = problem.features(model, problem.task.measurement, problem.query, projection, modules)
-            return RidgeRegression(train, self._damping, query).scores()
+            return RidgeRegression(train, self._damping, query).products()
 
-        return Scored(problem.average(scores), {"damping": self._damping})
+        return problem.stored_sum(products)
 
     def self_influence(self, problem: Problem) -> np.ndarray:
         """The leverages of the training features."""

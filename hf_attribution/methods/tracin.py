@@ -11,6 +11,7 @@ from hf_attribution.curvature.elementwise import Elementwise
 from hf_attribution.curvature.parts import Identity, Layout
 from hf_attribution.errors import UnsupportedError
 from hf_attribution.gradients.directions import Preconditioner, directional_products, self_products
+from hf_attribution.gradients.stored import StoredProducts, StoredScores
 from hf_attribution.methods.base import ProductMethod, Scored
 from hf_attribution.optimizer_states import read_optimizer_state
 from hf_attribution.problem import Problem
@@ -57,6 +58,18 @@ class TracIn(ProductMethod):
             return directional_products(queries, train, scales[number], progress=problem.progress)
 
         return Scored(len(problem.checkpoints) * problem.average(one), self._choices(problem))
+
+    def stored_scores(self, problem: Problem) -> StoredScores:
+        """Products of projected gradients, added up over the checkpoints."""
+        dim, count = self.dim, len(problem.checkpoints)
+        if dim is None:
+            return super().stored_scores(problem)
+
+        def one(model: nn.Module, number: int) -> StoredProducts:
+            products = problem.stored_products(model, self.modules_of(model), dim, self.seed)
+            return dataclasses.replace(products, queries=count * products.queries)
+
+        return problem.stored_sum(one)
 
     def self_influence(self, problem: Problem) -> np.ndarray:
         """The gradients' squared lengths, in the geometry of P, added up over the checkpoints."""

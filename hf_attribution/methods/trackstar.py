@@ -3,15 +3,15 @@
 import dataclasses
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hf_attribution.curvature.dual import DampedKernel
-from hf_attribution.curvature.ridge import gram_matrix
+from hf_attribution.curvature.ridge import gram_matrix, in_memory
 from hf_attribution.gradients.held import Source
 from hf_attribution.gradients.moments import second_moments
 from hf_attribution.gradients.projections import Projection
+from hf_attribution.gradients.stored import StoredProducts, StoredScores
 from hf_attribution.methods.base import GradientMethod, Scored, positive_damping
 from hf_attribution.problem import Problem
 from hf_attribution.store import FeatureStore
@@ -54,9 +54,12 @@ class TrackStar(GradientMethod):
 
     def score(self, problem: Problem) -> Scored:
         """Whiten the projections, and compare their directions."""
-        damping = positive_damping(self.damping, AUTO_DAMPING)
+        return Scored(self.stored_scores(problem).matrix(), {"damping": self._damping})
 
-        def cosines(model: nn.Module, number: int) -> np.ndarray:
+    def stored_scores(self, problem: Problem) -> StoredScores:
+        """Products of whitened projections of unit length."""
+
+        def products(model: nn.Module, number: int) -> StoredProducts:
             modules, projection = self.modules_of(model), Projection(self.dim, self.seed + number)
             gains = problem.gradients(model, problem.task.gains, problem.train, modules)
             moments = second_moments(Source(gains, problem.train))
@@ -64,10 +67,18 @@ class TrackStar(GradientMethod):
             query = problem.features(model, problem.task.measurement, problem.query, projection, modules, moments)
             mixed = self.mix * _autocorrelation(query) + (1 - self.mix) * _autocorrelation(train)
             # The Cholesky factor whitens as the inverse root does, but for a rotation.
-            damped = DampedKernel(mixed, damping * float(mixed.trace()) / len(mixed))
-            return _whitened_cosines(query, train, damped)
+            damped = DampedKernel(mixed, self._damping * float(mixed.trace()) / len(mixed))
 
-        return Scored(problem.average(cosines), {"damping": damping})
+            def whitened(where: slice, block: Tensor) -> Tensor:
+                return torch.nn.functional.normalize(damped.whiten(block).float())
+
+            return StoredProducts(whitened(slice(None), in_memory(query)), train, whitened)
+
+        return problem.stored_sum(products)
+
+    @property
+    def _damping(self) -> float:
+        return positive_damping(self.damping, AUTO_DAMPING)
 
 
 def _autocorrelation(features: FeatureStore) -> Tensor:
@@ -75,14 +86,3 @@ def _autocorrelation(features: FeatureStore) -> Tensor:
     total = gram_matrix(features)
     trace = total.trace()
     return total / trace if trace > 0 else total
-
-
-def _whitened_cosines(query: FeatureStore, train: FeatureStore, damped: DampedKernel) -> np.ndarray:
-    def whitened(block: Tensor) -> Tensor:
-        return torch.nn.functional.normalize(damped.whiten(block).float())
-
-    queries = torch.cat([whitened(block) for _, block in query.blocks()])
-    scores = np.empty((len(query), len(train)), dtype=np.float32)
-    for where, block in train.blocks():
-        scores[:, where] = (queries @ whitened(block).T).numpy()
-    return scores

@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_attribution.curvature.ridge import RidgeRegression
 from hf_attribution.gradients.projections import Projection
+from hf_attribution.gradients.stored import StoredScores
 from hf_attribution.methods.base import GradientMethod, Scored, positive_damping
 from hf_attribution.problem import Problem
 from hf_attribution.store import FeatureStore
@@ -48,14 +49,19 @@ class Trak(GradientMethod):
 
     def score(self, problem: Problem) -> Scored:
         """Fit the linear model of every checkpoint, and average."""
-        fitted, other_classes = np.zeros(problem.shape, np.float32), np.zeros(problem.shape[1], np.float32)
+        return Scored(self.stored_scores(problem).matrix(), {"damping": self._damping})
+
+    def stored_scores(self, problem: Problem) -> StoredScores:
+        """Products of solved query features with training features, times the probability of the other classes."""
+        terms, others = [], []
         for model, share, projection, train in self._features(problem):
             modules = self.modules_of(model)
             query = problem.features(model, problem.task.measurement, problem.query, projection, modules)
-            fitted += share * RidgeRegression(train, self._damping, query).scores()
-            other_classes += share * _other_classes(train)
-        values = fitted * other_classes if problem.task.margins() is not None else fitted
-        return Scored(values, {"damping": self._damping})
+            products = RidgeRegression(train, self._damping, query).products()
+            terms.append(dataclasses.replace(products, queries=share * products.queries))
+            others.append(share * _other_classes(train))
+        weights = np.sum(others, axis=0) if problem.task.margins() is not None else None
+        return StoredScores(terms, weights)
 
     def self_influence(self, problem: Problem) -> np.ndarray:
         """The leverages of the training features, times the probability of the other classes."""
