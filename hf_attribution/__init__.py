@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hf_attribution.metric_cache import metric_path, register_metrics
 
 if TYPE_CHECKING:
-    from hf_attribution.attribution import attribute, attribute_parts, self_influence
+    from hf_attribution.attribution import attribute, attribute_parts, attribute_top, self_influence
     from hf_attribution.counterfactuals import Counterfactuals, Subsets
     from hf_attribution.debugging import find_duplicates, find_mislabeled, select_subset
     from hf_attribution.ensemble import Ensemble
@@ -58,15 +58,17 @@ if TYPE_CHECKING:
     from hf_attribution.part_scores import PartScores
     from hf_attribution.problem import Checkpoint
     from hf_attribution.scores import Scores
+    from hf_attribution.store import FeatureStore
     from hf_attribution.studies import brittleness, removal_curve, stability
     from hf_attribution.tasks import infer_task
+    from hf_attribution.top_scores import TopScores
     from hf_attribution.trainer import AttributionMixin, AttributionTrainer
     from hf_attribution.tuning import CrossFit, choose, cross_fit
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "attribution": ("attribute", "attribute_parts", "self_influence"),
+    "attribution": ("attribute", "attribute_parts", "attribute_top", "self_influence"),
     "counterfactuals": ("Counterfactuals", "Subsets"),
     "debugging": ("find_duplicates", "find_mislabeled", "select_subset"),
     "ensemble": ("Ensemble",),
@@ -109,7 +111,9 @@ _MODULES = {
     "problem": ("Checkpoint",),
     "scores": ("Scores",),
     "studies": ("brittleness", "removal_curve", "stability"),
+    "store": ("FeatureStore",),
     "tasks": ("infer_task",),
+    "top_scores": ("TopScores",),
     "trainer": ("AttributionMixin", "AttributionTrainer"),
     "tuning": ("CrossFit", "choose", "cross_fit"),
 }
@@ -133,6 +137,7 @@ __all__ = [
     "Diagonal",
     "EKFac",
     "Ensemble",
+    "FeatureStore",
     "GradCos",
     "GradDot",
     "Influence",
@@ -151,12 +156,14 @@ __all__ = [
     "Source",
     "SubsampledInfluence",
     "Subsets",
+    "TopScores",
     "TracIn",
     "TrackStar",
     "Trak",
     "Unroll",
     "attribute",
     "attribute_parts",
+    "attribute_top",
     "brittleness",
     "choose",
     "cross_fit",

@@ -20,6 +20,7 @@ from hf_attribution.checkpoints import as_checkpoint
 from hf_attribution.data import Split, check_same_columns, used_columns
 from hf_attribution.ensemble import Ensemble
 from hf_attribution.errors import MismatchError, NonFiniteError, ProcessError, UnsupportedError
+from hf_attribution.gradients.indexed import approximate_top
 from hf_attribution.methods import Method, Scored, get_method
 from hf_attribution.part_scores import PartScores
 from hf_attribution.problem import Checkpoint, Problem
@@ -29,6 +30,7 @@ from hf_attribution.replay.run import RecordedRun
 from hf_attribution.scores import Scores
 from hf_attribution.store.precision import check_dtype
 from hf_attribution.tasks import Task, infer_task
+from hf_attribution.top_scores import TopScores
 
 logger = logging.get_logger(__name__)
 
@@ -113,6 +115,62 @@ def attribute(
         _check_values(values, chosen.shape(problem), chosen.name)
         provenance = _provenance(problem, chosen, used_subsets, scored, started)
     return Scores(values=values, method=chosen.name, settings=chosen.settings, provenance=provenance)
+
+
+def attribute_top(
+    model: nn.Module,
+    train_dataset: Any,
+    query_dataset: Any,
+    *,
+    k: int = 100,
+    method: str | Method = "trak",
+    index: str | None = None,
+    **setup: Unpack[Setup],
+) -> TopScores:
+    """Attribute as `attribute` does, and keep only the k training examples that raise each query's output most.
+
+    The matrix of all scores is never formed: stored gradients are read once for each block of queries, in bounded
+    memory.
+
+    Args:
+        model: The trained model, on the device to compute on.
+        train_dataset: What it was trained on, preprocessed: N rows.
+        query_dataset: What to explain, preprocessed alike: Q rows.
+        k: How many training examples for each query; all of them where there are fewer.
+        method: A method whose scores are products with stored gradients: `"trak"`, `"logra"`, `"trackstar"`, or
+            `"grad_dot"`, `"grad_cos"` or `"tracin"` with a `dim`.
+        index: Search an approximate index instead of all examples: a FAISS factory string, such as `"IVF4096,Flat"`.
+            What it found of the true k largest of a hundred queries is logged, and kept as `recall` in the choices of
+            the provenance. It pays for many queries.
+        **setup: As for `attribute`: `task`, `data_collator`, `checkpoints`, `batch_size`, `cache_dir`,
+            `remove_unused_columns`, `progress`, `store_dtype`.
+
+    Returns:
+        `TopScores`, the same that `attribute` would rank first.
+
+    Raises:
+        UnsupportedError: If the method's scores are no such products.
+        NonFiniteError: If a score is NaN or infinite.
+        ValueError: If k is less than 1, or as for `attribute`.
+
+    Example:
+        >>> top = attribute_top(model, train, test, k=100, method=Trak(dim=512))  # doctest: +SKIP
+        >>> top.top(k=5, train_dataset=train)  # doctest: +SKIP
+    """
+    if k < 1:
+        raise ValueError(f"k={k}: ask for at least 1 training example a query.")
+    chosen, started = get_method(method), time.perf_counter()
+    with _problem(model, train_dataset, query_dataset, **setup) as (problem, used_subsets):
+        stored = chosen.stored_scores(problem)
+        choices = dict(stored.choices)
+        if index is None:
+            indices, values = stored.top(k, problem.progress)
+        else:
+            indices, values, choices["recall"] = approximate_top(stored, k, index, problem.progress)
+            choices["index"] = index
+            logger.info(f"The index {index} found {choices['recall']:.1%} of the largest scores.")
+        provenance = _provenance(problem, used_subsets, Scored(values, choices), started)
+    return TopScores(indices, values, stored.shape[1], chosen.name, chosen.settings, provenance)
 
 
 def attribute_parts(

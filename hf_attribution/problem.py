@@ -187,23 +187,13 @@ class Problem:
         queries = in_memory(self.features(model, self.task.measurement, self.query, projection, modules))
         return StoredProducts(vectors(slice(None), queries), train, vectors)
 
-    def stored_sum(
-        self, function: Callable[[nn.Module, int], StoredProducts], weights: np.ndarray | None = None
-    ) -> StoredScores:
-        """The average over the checkpoints, by their weights, of products with stored features.
-
-        Args:
-            function: Takes a model and its number.
-            weights: float32 `[N]`, what the scores of each training example are multiplied with.
-
-        Returns:
-            What gives the scores in blocks.
-        """
+    def stored_sum(self, function: Callable[[nn.Module, int], StoredProducts]) -> StoredScores:
+        """The average over the checkpoints, by their weights, of what a function gives for a model and its number."""
         terms = []
         for number, (model, share) in enumerate(self.models()):
             products = function(model, number)
             terms.append(dataclasses.replace(products, queries=share * products.queries))
-        return StoredScores(terms, weights)
+        return StoredScores(terms)
 
     def sources(self, model: nn.Module, modules: Sequence[str] | None = None) -> tuple[Source, Source]:
         """The gradients of the queries' measurements, and of what training on the examples raises."""

@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 from transformers import Trainer
 
-from hf_attribution.attribution import attribute, attribute_parts, self_influence
+from hf_attribution.attribution import attribute, attribute_parts, attribute_top, self_influence
 from hf_attribution.checkpoints import trainer_checkpoints
 from hf_attribution.counterfactuals import Counterfactuals, Subsets
 from hf_attribution.data import Split, select_rows
@@ -24,6 +24,7 @@ from hf_attribution.retraining.recipe import copied, given
 from hf_attribution.scores import Scores
 from hf_attribution.seeds import derive_seed
 from hf_attribution.tasks import Task, infer_task
+from hf_attribution.top_scores import TopScores
 
 RECORDING_DIR = "recording"
 
@@ -125,6 +126,50 @@ class AttributionMixin(RecordedTraining):
             _one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
             query,
             **settings,
+        )
+
+    def attribute_top(
+        self,
+        query_dataset: Any = None,
+        k: int = 100,
+        method: str | Method = "trak",
+        train_dataset: Any = None,
+        checkpoints: Ensemble | Sequence[str | Path | nn.Module] | None = None,
+        task: Task | None = None,
+        batch_size: int | None = None,
+        cache_dir: str | Path | None = None,
+        store_dtype: str = "float32",
+        index: str | None = None,
+    ) -> TopScores:
+        """Attribute as `attribute` does, and keep only the k training examples that raise each query's output most.
+
+        Args:
+            query_dataset: As for `attribute`.
+            k: How many training examples for each query.
+            method: A method whose scores are products with stored gradients: `"trak"`, `"logra"`, `"trackstar"`, or
+                `"grad_dot"`, `"grad_cos"` or `"tracin"` with a `dim`.
+            train_dataset: As for `attribute`.
+            checkpoints: As for `attribute`.
+            task: As for `attribute`.
+            batch_size: As for `attribute`.
+            cache_dir: As for `attribute`.
+            store_dtype: The number format that projected gradients are kept in, as for `hf_attribution.attribute`.
+            index: A FAISS factory string, to search approximately; by default exactly.
+
+        Returns:
+            `TopScores`; all N x Q scores are never in memory.
+
+        Example:
+            >>> trainer.attribute_top(test, k=100).top(k=5, train_dataset=train)  # doctest: +SKIP
+        """
+        return attribute_top(
+            cast(nn.Module, self.model),
+            _one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
+            _one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query"),
+            k=k,
+            index=index,
+            store_dtype=store_dtype,
+            **self._attribution_settings(method, checkpoints, task, batch_size, cache_dir),
         )
 
     def attribute_parts(

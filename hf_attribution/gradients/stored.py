@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,10 +46,12 @@ class StoredScores:
     Args:
         terms: A term for each model, of the same queries and training examples.
         weights: float32 `[N]`; all 1 by default.
+        choices: What automatic settings chose; JSON.
     """
 
     terms: Sequence[StoredProducts]
     weights: np.ndarray | None = None
+    choices: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,7 +67,7 @@ class StoredScores:
         Yields:
             Which training examples, and float32 `[queries, examples]`.
         """
-        for blocks in zip(*(term.train.blocks(self._block_rows) for term in self.terms), strict=True):
+        for blocks in zip(*(term.train.blocks(self.block_rows) for term in self.terms), strict=True):
             where = blocks[0][0]
             products = (
                 term.queries[queries] @ term.vectors(where, block).T
@@ -84,12 +87,13 @@ class StoredScores:
             scores[:, where] = block
         return scores
 
-    def top(self, k: int, progress: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    def top(self, k: int, progress: bool = True, queries: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """The largest scores of each query, exactly, one pass over the stores for each block of queries.
 
         Args:
             k: How many.
             progress: Whether to show a progress bar.
+            queries: Which queries, all by default.
 
         Returns:
             Positions of training examples, int64 `[Q, k]`, and their scores, float32 `[Q, k]`, largest first; of
@@ -98,26 +102,37 @@ class StoredScores:
         Raises:
             NonFiniteError: If a score is NaN or infinite; the message names the query and the row.
         """
-        num_queries, num_examples = self.shape
-        k = min(k, num_examples)
+        asked, num_examples = range(self.shape[0])[queries], self.shape[1]
+        num_queries, k = len(asked), min(k, num_examples)
         indices, scores = np.zeros((num_queries, k), np.int64), np.zeros((num_queries, k), np.float32)
-        step = max(1, BLOCK_BYTES // (4 * self._block_rows))
+        step = max(1, BLOCK_BYTES // (4 * self.block_rows))
         with tqdm(
             total=num_queries * num_examples, desc="top scores", unit="pairs", unit_scale=True, leave=False,
             disable=not progress,
         ) as bar:  # fmt: skip
             for start in range(0, num_queries, step):
-                queries = slice(start, min(start + step, num_queries))
-                largest = _Largest(queries.stop - start, k)
-                for where, block in self.blocks(queries):
-                    _refuse_non_finite(block, start, where.start)
+                some = asked[start : start + step]
+                largest = _Largest(len(some), k)
+                for where, block in self.blocks(slice(some.start, some.stop)):
+                    _refuse_non_finite(block, some.start, where.start)
                     largest.add(where.start, block)
                     bar.update(block.size)
-                indices[queries], scores[queries] = largest.indices, largest.scores
+                indices[start : start + step], scores[start : start + step] = largest.indices, largest.scores
         return indices, scores
 
+    def query_vectors(self) -> Tensor:
+        """The vectors of all terms side by side, `[Q, width]`."""
+        return torch.cat([term.queries for term in self.terms], dim=1)
+
+    def vectors(self, where: slice) -> Tensor:
+        """The same of some training examples, with their weights: inner products with those are the scores."""
+        parts = [term.vectors(where, term.train.read(where.start, where.stop)) for term in self.terms]
+        joined = torch.cat(parts, dim=1)
+        return joined if self.weights is None else joined * torch.from_numpy(self.weights[where])[:, None]
+
     @property
-    def _block_rows(self) -> int:
+    def block_rows(self) -> int:
+        """Training examples in a block."""
         return max(1, BLOCK_BYTES // (4 * sum(term.train.dim for term in self.terms)))
 
 

@@ -44,7 +44,8 @@ class LoGra(GradientMethod):
 
     def score(self, problem: Problem) -> Scored:
         """Solve in the space of the projections."""
-        return Scored(self.stored_scores(problem).matrix(), {"damping": self._damping})
+        stored = self.stored_scores(problem)
+        return Scored(stored.matrix(), stored.choices)
 
     def stored_scores(self, problem: Problem) -> StoredScores:
         """Products of solved query features with training features."""
@@ -55,7 +56,7 @@ class LoGra(GradientMethod):
             query = problem.features(model, problem.task.measurement, problem.query, projection, modules)
             return RidgeRegression(train, self._damping, query).products()
 
-        return problem.stored_sum(products)
+        return dataclasses.replace(problem.stored_sum(products), choices={"damping": self._damping})
 
     def self_influence(self, problem: Problem) -> np.ndarray:
         """The leverages of the training features."""

@@ -69,7 +69,7 @@ class TracIn(ProductMethod):
             products = problem.stored_products(model, self.modules_of(model), dim, self.seed)
             return dataclasses.replace(products, queries=count * products.queries)
 
-        return problem.stored_sum(one)
+        return dataclasses.replace(problem.stored_sum(one), choices=self._choices(problem))
 
     def self_influence(self, problem: Problem) -> np.ndarray:
         """The gradients' squared lengths, in the geometry of P, added up over the checkpoints."""

@@ -54,7 +54,8 @@ class TrackStar(GradientMethod):
 
     def score(self, problem: Problem) -> Scored:
         """Whiten the projections, and compare their directions."""
-        return Scored(self.stored_scores(problem).matrix(), {"damping": self._damping})
+        stored = self.stored_scores(problem)
+        return Scored(stored.matrix(), stored.choices)
 
     def stored_scores(self, problem: Problem) -> StoredScores:
         """Products of whitened projections of unit length."""
@@ -74,7 +75,7 @@ class TrackStar(GradientMethod):
 
             return StoredProducts(whitened(slice(None), in_memory(query)), train, whitened)
 
-        return problem.stored_sum(products)
+        return dataclasses.replace(problem.stored_sum(products), choices={"damping": self._damping})
 
     @property
     def _damping(self) -> float:

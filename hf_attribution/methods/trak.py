@@ -49,7 +49,8 @@ class Trak(GradientMethod):
 
     def score(self, problem: Problem) -> Scored:
         """Fit the linear model of every checkpoint, and average."""
-        return Scored(self.stored_scores(problem).matrix(), {"damping": self._damping})
+        stored = self.stored_scores(problem)
+        return Scored(stored.matrix(), stored.choices)
 
     def stored_scores(self, problem: Problem) -> StoredScores:
         """Products of solved query features with training features, times the probability of the other classes."""
@@ -61,7 +62,7 @@ class Trak(GradientMethod):
             terms.append(dataclasses.replace(products, queries=share * products.queries))
             others.append(share * _other_classes(train))
         weights = np.sum(others, axis=0) if problem.task.margins() is not None else None
-        return StoredScores(terms, weights)
+        return StoredScores(terms, weights, {"damping": self._damping})
 
     def self_influence(self, problem: Problem) -> np.ndarray:
         """The leverages of the training features, times the probability of the other classes."""
