@@ -160,15 +160,15 @@ def attribute_top(
     if k < 1:
         raise ValueError(f"k={k}: ask for at least 1 training example a query.")
     chosen, started = get_method(method), time.perf_counter()
-    with _problem(model, train_dataset, query_dataset, **setup) as (problem, used_subsets):
+    with sharing("attribute_top"), _problem(model, train_dataset, query_dataset, **setup) as (problem, used_subsets):
         stored = chosen.stored_scores(problem)
         choices = dict(stored.choices)
         if index is None:
-            indices, values = stored.top(k, problem.progress)
+            indices, values = from_main(lambda: stored.top(k, problem.progress))
         else:
-            indices, values, choices["recall"] = approximate_top(stored, k, index, problem.progress)
-            choices["index"] = index
-            logger.info(f"The index {index} found {choices['recall']:.1%} of the largest scores.")
+            indices, values, recall = from_main(lambda: approximate_top(stored, k, index, problem.progress))
+            choices |= {"index": index, "recall": recall}
+            logger.info(f"The index {index} found {recall:.1%} of the largest scores.")
         provenance = _provenance(problem, used_subsets, Scored(values, choices), started)
     return TopScores(indices, values, stored.shape[1], chosen.name, chosen.settings, provenance)
 
