@@ -29,6 +29,7 @@ from hf_attribution.provenance import hub_sources
 from hf_attribution.replay.run import RecordedRun
 from hf_attribution.scores import Scores
 from hf_attribution.store.precision import check_dtype
+from hf_attribution.streams import StreamColumns, StreamSplit, is_stream
 from hf_attribution.tasks import Task, infer_task
 from hf_attribution.top_scores import TopScores
 
@@ -71,7 +72,8 @@ def attribute(
 
     Args:
         model: The trained model, on the device to compute on.
-        train_dataset: What it was trained on, preprocessed: N rows.
+        train_dataset: What it was trained on, preprocessed: N rows. A stream (`datasets.IterableDataset`) is read in
+            passes, which must bring the same rows in the same order; columns are their numbers.
         query_dataset: What to explain, preprocessed alike: Q rows.
         method: A name in `METHODS`, or a method with settings, `Trak(dim=4096)`.
         task: What is learned and measured; by default told from the model's class, see `infer_task`.
@@ -305,10 +307,11 @@ def _problem(
     """The problem that a method is given, tried on two examples, and the subsets that its models were trained on."""
     check_same_columns(train_dataset, query_dataset)
     collator = data_collator if data_collator is not None else default_data_collator
-    splits = []
+    splits: list[Split] = []
     for name, dataset in (("train", train_dataset), ("query", query_dataset)):
         kept = used_columns(dataset, model) if remove_unused_columns else dataset
-        splits.append(Split(kept, collator, batch_size, name))
+        kind = StreamSplit if name == "train" and is_stream(dataset) else Split
+        splits.append(kind(kept, collator, batch_size, name))
     used_subsets: dict[str, Any] = {}
     if isinstance(checkpoints, Ensemble):
         checkpoints.check_trained_on(splits[0])
@@ -320,7 +323,7 @@ def _problem(
             task=task if task is not None else infer_task(model),
             train=splits[0],
             query=splits[1],
-            train_dataset=train_dataset,
+            train_dataset=StreamColumns("train") if splits[0].streamed else train_dataset,
             query_dataset=query_dataset,
             checkpoints=[as_checkpoint(c) for c in (checkpoints if checkpoints is not None else [model])],
             cache_dir=folder,

@@ -3,7 +3,7 @@
 import functools
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +39,9 @@ class Batch(NamedTuple):
 # to make tensors of nested lists than a small model to learn from them.
 KEPT_BYTES = 2**28
 
+# Rows at the beginning that show what a collator does.
+FIRST_ROWS = 8
+
 
 class Split:
     """A dataset as a model sees it: its rows through the data collator, in batches, in a fixed order.
@@ -65,6 +68,8 @@ class Split:
         >>> [batch.indices.tolist() for batch in split.batches()]
         [[0, 1], [2]]
     """
+
+    streamed: ClassVar[bool] = False
 
     def __init__(
         self, dataset: Any, collator: Collator, batch_size: int = 32, name: str = "train", seed: int = 0
@@ -128,7 +133,7 @@ class Split:
 
     @functools.cached_property
     def _small(self) -> bool:
-        return len(self) * len(pickle.dumps(_plain(self.rows([0])[0]))) <= KEPT_BYTES
+        return len(self) * len(pickle.dumps(plain(self.rows([0])[0]))) <= KEPT_BYTES
 
     def _drawn_batches(self, order: np.ndarray) -> Iterator[Batch]:
         waiting: list[tuple[int, dict[str, Any]]] = []
@@ -143,7 +148,7 @@ class Split:
 
     def probe(self) -> Batch:
         """A batch of two to try things on: the first and the last row, or the first twice."""
-        ends = [0, len(self) - 1]
+        ends = self._ends
         if not self.draws_random_numbers:
             return Batch(torch.tensor(ends), dict(self.collator(self.rows(ends))))
         first, last = ((index, self._drawn(index)) for index in ends)
@@ -152,7 +157,7 @@ class Split:
     @functools.cached_property
     def draws_random_numbers(self) -> bool:
         """Whether rows or collator depend on a random number generator."""
-        ends = (0, len(self) - 1)
+        ends = self._ends
         first = [self._drawn(index, seed=0) for index in ends]
         # A few looks, since drawing rarely (or masking few tokens) may by chance come out the same.
         if not all(_equal(first, [self._drawn(index, seed=0) for index in ends]) for _ in range(7)):
@@ -176,18 +181,28 @@ class Split:
         digest = xxhash.xxh3_128()
         if _is_arrow(self.dataset):
             _hash_arrow(self.dataset if rows == len(self) else self.dataset.select(range(rows)), digest)
-        if not _is_arrow(self.dataset) or self.dataset.format["type"] == "custom":
+        if not _is_arrow(self.dataset) or _is_transformed(self.dataset):
             # A transform's code cannot be hashed; what it makes of the rows can.
             for index in range(rows):
                 with seeded(derive_seed(self.seed, index)):
-                    digest.update(pickle.dumps(_plain(self.rows([index])[0])))
+                    digest.update(pickle.dumps(plain(self.rows([index])[0])))
         return digest.hexdigest()
 
     @functools.cached_property
     def inputs_fingerprint(self) -> str:
         """A hash of what the collator makes of the first few rows, since its code cannot be hashed. 32 hex digits."""
-        looks = [self._drawn(index) for index in range(min(8, len(self)))]
-        return xxhash.xxh3_128_hexdigest(pickle.dumps(_plain(looks)))
+        looks = [self._drawn(index) for index in range(self._num_first)]
+        return xxhash.xxh3_128_hexdigest(pickle.dumps(plain(looks)))
+
+    @property
+    def _ends(self) -> list[int]:
+        """Two rows to try things on."""
+        return [0, len(self) - 1]
+
+    @property
+    def _num_first(self) -> int:
+        """The number of rows at the beginning that are looked at."""
+        return min(FIRST_ROWS, len(self))
 
     @functools.cached_property
     def _order(self) -> np.ndarray:
@@ -219,7 +234,7 @@ def used_columns(dataset: Any, model: nn.Module) -> Any:
         ValueError: If no column but labels is left.
     """
     columns = getattr(dataset, "column_names", None)
-    if not columns or not hasattr(dataset, "remove_columns") or dataset.format["type"] == "custom":
+    if not columns or not hasattr(dataset, "remove_columns") or _is_transformed(dataset):
         return dataset
     known = {*forward_arguments(model), *_LABEL_COLUMNS}
     unused = [name for name in columns if name not in known]
@@ -241,7 +256,7 @@ def check_same_columns(train: Any, query: Any) -> None:
     Raises:
         MismatchError: If the query dataset lacks one.
     """
-    if not (_is_arrow(train) and _is_arrow(query)):
+    if not (_is_arrow(train) and _is_arrow(query)) or train.column_names is None or query.column_names is None:
         return
     missing = [name for name in train.column_names if name not in query.column_names]
     if missing:
@@ -253,6 +268,11 @@ def check_same_columns(train: Any, query: Any) -> None:
 
 def _is_arrow(dataset: Any) -> bool:
     return hasattr(dataset, "features") and hasattr(dataset, "with_format")
+
+
+def _is_transformed(dataset: Any) -> bool:
+    """Whether a function of the user's makes the rows. A stream has no format that would say so."""
+    return hasattr(dataset, "format") and dataset.format["type"] == "custom"
 
 
 def _hash_arrow(dataset: Any, digest: Any) -> None:
@@ -287,7 +307,7 @@ def _hash_array(array: pa.Array, digest: Any) -> None:
 
 
 def _lengths(dataset: Any) -> np.ndarray | None:
-    if not _is_arrow(dataset) or "input_ids" not in dataset.column_names or dataset.format["type"] == "custom":
+    if not _is_arrow(dataset) or "input_ids" not in dataset.column_names or _is_transformed(dataset):
         return None
     column = dataset.select_columns(["input_ids"]).with_format("arrow")
     return np.concatenate(
@@ -306,17 +326,17 @@ def _stack(rows: list[tuple[int, dict[str, Any]]]) -> Batch:
 
 
 def _equal(left: Any, right: Any) -> bool:
-    return pickle.dumps(_plain(left)) == pickle.dumps(_plain(right))
+    return pickle.dumps(plain(left)) == pickle.dumps(plain(right))
 
 
-def _plain(value: Any) -> Any:
-    """Nested rows with arrays as their bytes: tensors pickle their storage, which says more than their values."""
+def plain(value: Any) -> Any:
+    """Nested rows with arrays as their bytes, to be hashed: what tensors pickle is more than that."""
     if isinstance(value, Tensor):
         return (str(value.dtype), tuple(value.shape), value.reshape(-1).view(torch.uint8).numpy().tobytes())
     if isinstance(value, np.ndarray):
         return (str(value.dtype), value.shape, value.tobytes())
     if isinstance(value, Mapping):
-        return {key: _plain(value[key]) for key in sorted(value)}
+        return {key: plain(value[key]) for key in sorted(value)}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value.tobytes() if hasattr(value, "tobytes") else value

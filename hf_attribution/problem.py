@@ -268,7 +268,7 @@ class Problem:
         task = getattr(function, "__self__", self.task)
         settings = {
             "model": weights_fingerprint(model),
-            "data": split.fingerprint,
+            "data": split.fingerprint if not split.streamed else None,
             "inputs": split.inputs_fingerprint,
             "task": task.description,
             "function": function.__name__,
@@ -277,7 +277,7 @@ class Problem:
             "moments": moments.fingerprint if moments is not None else None,
         }
         path = self.cache_dir / "features" / f"{split.name}-{fingerprint(self.store_dtype, settings)}"
-        if from_main(path.exists):
+        if not split.streamed and from_main(path.exists):
             return FeatureStore(path)
         gradients = self.gradients(model, function, split, modules)
         divided = DividedGradients(gradients, moments) if moments is not None else gradients

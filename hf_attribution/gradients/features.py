@@ -40,8 +40,8 @@ def compute_features(
         split: The rows.
         gradients: What computes their gradients.
         projection: The projection.
-        settings: What the features depend on, as JSON; `data` is the fingerprint of the rows. A store with other
-            settings is refused.
+        settings: What the features depend on, as JSON. The fingerprint of the rows joins them as `data`. A store
+            with other settings is refused.
         device: Where the model is.
         progress: Whether to show a progress bar.
         dtype: The number format that they are kept in.
@@ -53,7 +53,8 @@ def compute_features(
         MismatchError: If the folder holds features of something else.
         NonFiniteError: If a gradient is NaN or infinite; the message names the row and the parameter.
     """
-    wanted = Manifest(projection.dim, dtype, settings, len(split))
+    # Of a stream nobody knows the length and the fingerprint before the features are there.
+    wanted = Manifest(projection.dim, dtype, settings, None if split.streamed else len(split))
     with contextlib.ExitStack() as stack:
         writers: list[FeatureWriter] = []
 
@@ -66,13 +67,12 @@ def compute_features(
             return writers[0].done
 
         def finish() -> None:
-            writers[0].finish()
+            writers[0].finish({**settings, "data": split.fingerprint})
 
         done = from_main(begun)
         if done is not None:
-            initial = int(done.sum())
-            bar = tqdm(total=len(split), initial=initial, unit="rows", desc=f"{split.name} gradients", leave=False,
-                       disable=not progress)  # fmt: skip
+            bar = tqdm(total=wanted.num_rows, initial=int(done.sum()), unit="rows", desc=f"{split.name} gradients",
+                       leave=False, disable=not progress)  # fmt: skip
             with bar:
                 rows = _projected_rows(split, gradients, projection, device, skip=np.array(done))
                 for indices, projected, values in in_order(rows):
@@ -81,7 +81,9 @@ def compute_features(
                     bar.update(len(indices))
             from_main(finish)
     store = FeatureStore(path)
-    store.manifest.refuse_other(wanted, path)
+    store.manifest.refuse_other(
+        Manifest(projection.dim, dtype, {**settings, "data": split.fingerprint}, len(split)), path
+    )
     return store
 
 
@@ -107,7 +109,7 @@ def _projected_rows(
 def _longest_beginning(path: Path, wanted: Manifest, split: Split) -> FeatureStore | None:
     """The largest store beside a path that holds the same features of the split's first rows, if there is one."""
     found: list[FeatureStore] = []
-    for folder in path.parent.glob("*"):
+    for folder in path.parent.glob("*") if not split.streamed else ():
         with contextlib.suppress(ArtefactError):  # unfinished, damaged, or no store at all
             store = FeatureStore(folder)
             same = {**store.manifest.settings, "data": None} == {**wanted.settings, "data": None}
