@@ -171,7 +171,7 @@ def attribute_top(
             indices, values, recall = from_main(lambda: approximate_top(stored, k, index, problem.progress))
             choices |= {"index": index, "recall": recall}
             logger.info(f"The index {index} found {recall:.1%} of the largest scores.")
-        provenance = _provenance(problem, used_subsets, Scored(values, choices), started)
+        provenance = _provenance(problem, chosen, used_subsets, Scored(values, choices), started)
     return TopScores(indices, values, stored.shape[1], chosen.name, chosen.settings, provenance)
 
 
@@ -310,7 +310,8 @@ def _problem(
     splits: list[Split] = []
     for name, dataset in (("train", train_dataset), ("query", query_dataset)):
         kept = used_columns(dataset, model) if remove_unused_columns else dataset
-        kind = StreamSplit if name == "train" and is_stream(dataset) else Split
+        # Queries are rows to come back to; only where they stand for the training data may they be a stream.
+        kind = StreamSplit if is_stream(dataset) and dataset is train_dataset else Split
         splits.append(kind(kept, collator, batch_size, name))
     used_subsets: dict[str, Any] = {}
     if isinstance(checkpoints, Ensemble):
@@ -323,7 +324,7 @@ def _problem(
             task=task if task is not None else infer_task(model),
             train=splits[0],
             query=splits[1],
-            train_dataset=StreamColumns("train") if splits[0].streamed else train_dataset,
+            train_dataset=StreamColumns(train_dataset, "train") if splits[0].streamed else train_dataset,
             query_dataset=query_dataset,
             checkpoints=[as_checkpoint(c) for c in (checkpoints if checkpoints is not None else [model])],
             cache_dir=folder,

@@ -154,16 +154,22 @@ class StreamSplit(Split):
 
 
 class StreamColumns:
-    """Stands for the columns of a stream, which cannot be read whole.
+    """A stream that says, where whole columns of it are asked for, that it has none.
 
     Args:
-        name: What error messages call the stream.
+        dataset: The stream.
+        name: What error messages call it.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, dataset: Any, name: str) -> None:
+        self._dataset, self._name = dataset, name
 
-    def __getattr__(self, attribute: str) -> NoReturn:
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._dataset, attribute)
+
+    @property
+    def column_names(self) -> NoReturn:
+        """Refused."""
         raise self._refusal()
 
     def __getitem__(self, key: Any) -> NoReturn:
