@@ -324,7 +324,7 @@ def _problem(
             task=task if task is not None else infer_task(model),
             train=splits[0],
             query=splits[1],
-            train_dataset=StreamColumns(train_dataset, "train") if splits[0].streamed else train_dataset,
+            train_dataset=StreamColumns("train") if splits[0].streamed else train_dataset,
             query_dataset=query_dataset,
             checkpoints=[as_checkpoint(c) for c in (checkpoints if checkpoints is not None else [model])],
             cache_dir=folder,

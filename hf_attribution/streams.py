@@ -154,22 +154,18 @@ class StreamSplit(Split):
 
 
 class StreamColumns:
-    """A stream that says, where whole columns of it are asked for, that it has none.
+    """Stands for the columns of a stream, which cannot be read whole: whatever is asked of it is refused.
 
     Args:
-        dataset: The stream.
-        name: What error messages call it.
+        name: What error messages call the stream.
     """
 
-    def __init__(self, dataset: Any, name: str) -> None:
-        self._dataset, self._name = dataset, name
+    cache_files: ClassVar[tuple[Any, ...]] = ()  # the files of a dataset on this disk
 
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(self._dataset, attribute)
+    def __init__(self, name: str) -> None:
+        self._name = name
 
-    @property
-    def column_names(self) -> NoReturn:
-        """Refused."""
+    def __getattr__(self, attribute: str) -> NoReturn:
         raise self._refusal()
 
     def __getitem__(self, key: Any) -> NoReturn:
