@@ -14,6 +14,7 @@ Sections:
   scoring    queries x examples x dimensions of stored features, in bounded memory
   datamodel  LASSO with cross-validation of 2,000 subsets x 1,000 examples x 200 queries, beside other libraries
   knn_shapley  exact kNN-Shapley of 1,000 queries x 50,000 examples x 384 dimensions
+  unroll     sweeps through a recorded training of a CNN, a ViT and a GPT-2 against its steps, beside double backward
 """
 
 import dataclasses
@@ -47,7 +48,18 @@ from hf_attribution.methods.knn_shapley import knn_shapley_scores
 from hf_attribution.store import FeatureStore, FeatureWriter, Manifest
 from hf_attribution.tasks import infer_task
 
-SECTIONS = ("features", "memory", "trak", "influence", "ekfac", "store", "scoring", "datamodel", "knn_shapley")
+SECTIONS = (
+    "features",
+    "memory",
+    "trak",
+    "influence",
+    "ekfac",
+    "store",
+    "scoring",
+    "datamodel",
+    "knn_shapley",
+    "unroll",
+)
 
 
 @dataclasses.dataclass
@@ -89,6 +101,7 @@ def main() -> None:
             "scoring": benchmark_scoring,
             "datamodel": benchmark_datamodel,
             "knn_shapley": benchmark_knn_shapley,
+            "unroll": benchmark_unroll,
         }[section](arguments, console)
 
 
@@ -317,6 +330,13 @@ def benchmark_knn_shapley(arguments: Arguments, console: Console) -> None:
         f"{queries:,} queries x {examples:,} examples x {dim} dimensions: {seconds:.1f} s, "
         f"{values.nbytes / 2**20:.0f} MiB of scores."
     )
+
+
+def benchmark_unroll(arguments: Arguments, console: Console) -> None:
+    """Exact unrolled differentiation: a sweep per query and step, and what recording adds to a training."""
+    import unrolled
+
+    unrolled.speed(console, repeats=arguments.repeats)
 
 
 if __name__ == "__main__":

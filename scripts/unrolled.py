@@ -40,7 +40,7 @@ from hf_attribution.replay.sweep import Differentiable
 from hf_attribution.seeds import derive_seed
 from hf_attribution.tasks import infer_task
 
-QUERIES, FEWER, STEPS = 64, 16, 10
+QUERIES, FEWER, GROUPS, STEPS = 64, 16, 10, 10
 
 
 class DigitsConfig(PretrainedConfig):
@@ -164,14 +164,15 @@ def bare_seconds(model: Any, train: Dataset) -> float:
 
 
 def speed(console: Console, *names: str, repeats: int = 2) -> None:
-    """Time of a sweep per query and step, in training steps, beside double backward."""
+    """Time of a sweep per query (or group) and step, in the Trainer's steps, beside double backward."""
     table = Table(
         "model",
         f"{QUERIES} queries",
         "1 query",
         f"double backward, {FEWER} queries",
+        f"{GROUPS} groups",
         "recording",
-        title="training steps",
+        title="Trainer steps (bare forward and backward passes)",
     )
     models: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[slice], Dataset]]] = {
         "CNN": (cnn, digits),
@@ -195,6 +196,10 @@ def speed(console: Console, *names: str, repeats: int = 2) -> None:
                 started = time.process_time()
                 way.sweep(torch.randn(queries, size), chunk=chunk)
                 found.append((time.process_time() - started) / queries / STEPS)
+            started = time.process_time()
+            members = (torch.arange(len(train)) % GROUPS == torch.arange(GROUPS)[:, None]).float()
+            prepared.push(members, chunk=chunk)
+            found.append((time.process_time() - started) / GROUPS / STEPS)
         bare = bare_seconds(make(), train)
         cells = [f"{value / plain:.2f} ({value / bare:.2f})" for value in found]
         console.print(

@@ -13,7 +13,7 @@ from hf_attribution.attribution import attribute, self_influence
 from hf_attribution.checkpoints import trainer_checkpoints
 from hf_attribution.curvature import flat
 from hf_attribution.errors import MismatchError, UnsupportedError
-from hf_attribution.methods import METHODS, Source, get_method
+from hf_attribution.methods import METHODS, Source, get_method, source
 from hf_attribution.problem import Checkpoint
 from hf_attribution.tasks import Classification
 from hf_attribution.weights import load_weights
@@ -130,7 +130,7 @@ def test_source_equals_its_formula_in_dense_matrices(run, train, query, num_segm
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("solver", ["ekfac", "dual", "explicit"])
+@pytest.mark.parametrize("solver", ["auto", "ekfac", "dual", "explicit"])
 def test_short_segments_are_tracin(run, train, query, solver):
     """Where little is learned, a checkpoint counts by its learning rates, and curvature not at all."""
     _, folder = run
@@ -145,14 +145,18 @@ def test_short_segments_are_tracin(run, train, query, solver):
     np.testing.assert_allclose(found, factor * expected, rtol=1e-4, atol=1e-6 * factor * np.abs(expected).max())
 
 
-def test_one_long_segment_is_the_influence_function(run, train, query):
+@pytest.mark.parametrize(
+    ("solver", "time", "method", "given"),
+    [("ekfac", 1e14, "ekfac", {}), ("dual", 1e10, "influence", {"solver": "explicit"})],
+)
+def test_one_long_segment_is_the_influence_function(run, train, query, solver, time, method, given):
     _, folder = run
-    long = [dataclasses.replace(trainer_checkpoints(folder)[-1], learning_rate_sum=1e14)]
-    settings = {"segments": 1, "optimizer": "sgd", "momentum": 0.0, "curvature": "gauss_newton"}
+    long = [dataclasses.replace(trainer_checkpoints(folder)[-1], learning_rate_sum=time)]
+    settings = {"segments": 1, "optimizer": "sgd", "momentum": 0.0, "curvature": "gauss_newton", "solver": solver}
     found = scores(run, train, query, "source", long, **settings, modules=("head",))
     expected = scores(
-        run, train, query, "ekfac", [dataclasses.replace(long[0], weight=1.0)], damping=1e-13,
-        curvature="gauss_newton", modules=("head",),
+        run, train, query, method, [dataclasses.replace(long[0], weight=1.0)], damping=1e-13,
+        curvature="gauss_newton", modules=("head",), **given,
     )  # fmt: skip
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
 
@@ -190,6 +194,28 @@ def test_curvature_that_does_not_fit_is_refused(run, train, query, monkeypatch):
     for solver in ("dual", "explicit"):
         with pytest.raises(UnsupportedError, match=r"GB.*use solver='ekfac'"):
             scores(run, train, query, "source", solver=solver)
+
+
+def test_the_exact_solver_is_chosen_where_it_fits(run, train, query, monkeypatch):
+    trained, folder = run
+
+    def found(**settings):
+        return attribute(
+            trained, train, query, method=Source(**settings), data_collator=collate, progress=False,
+            checkpoints=trainer_checkpoints(folder),
+        )  # fmt: skip
+
+    exact = found()
+    assert exact.provenance["choices"]["solver"] == "dual"
+    assert np.array_equal(exact.values, found(solver="dual").values)
+    monkeypatch.setattr(source, "MAX_BYTES", 1000)
+    by_memory = found()
+    assert by_memory.provenance["choices"]["solver"] == "ekfac"
+    assert np.array_equal(by_memory.values, found(solver="ekfac").values)
+    monkeypatch.undo()
+    monkeypatch.setattr(source, "MAX_AUTO_ROWS", 2 * N - 1)  # 3 segments of 2 checkpoints each
+    assert found().provenance["choices"]["solver"] == "ekfac"
+    assert found(segments=6).provenance["choices"]["solver"] == "dual"
 
 
 def test_what_source_must_know_is_asked_for_before_work(run, train, query, tmp_path):

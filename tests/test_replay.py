@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from hf_attribution.errors import NonFiniteError
 from hf_attribution.replay.run import RecordedRun
 from hf_attribution.replay.sweep import Differentiable
 from hf_attribution.replay.training import RecordedTraining
@@ -250,37 +251,6 @@ def test_frozen_parameters(tmp_path):
 # Against trainings by the real Trainer
 
 
-class WeightedTrainer(weighted_class(RecordedTrainer)):
-    pass
-
-
-def weighted_outputs(tmp_path, make_model, batch, weights, task, **settings):
-    """Measurements after a real training in which examples have weights."""
-    trainer = trainer_of(tmp_path, make_model(), record=False, trainer_class=WeightedTrainer, **settings)
-    give_weights(trainer, weights, task)
-    trainer.train()
-    with torch.no_grad():
-        return task.measurement(trainer.model.eval(), batch)
-
-
-@pytest.mark.parametrize("settings", [{}, {"optim": "adamw_torch", "adam_epsilon": 1e-3, "max_grad_norm": 0.5}])
-def test_scores_are_the_derivative_of_real_trainings(tmp_path, settings):
-    settings = {**settings, "gradient_accumulation_steps": 2, "weight_decay": 0.1, "learning_rate": 0.05}
-    trainer = trainer_of(tmp_path, trainer_class=WeightedTrainer, **settings)
-    task, batch = infer_task(trainer.model), query_batch()
-    give_weights(trainer, torch.ones(12, dtype=torch.float64), task)
-    trainer.train()
-    prepared = ready(trainer)
-    scores, _ = prepared.sweep(targets_of(prepared, batch, prepared.final()))
-    direction = torch.randn(12, dtype=torch.float64)
-    values = [
-        weighted_outputs(tmp_path, smooth, batch, 1 + step * 1e-4 * direction, task, **settings)
-        for step in (-2, -1, 1, 2)
-    ]
-    expected = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * 1e-4)
-    assert torch.allclose(scores @ direction, expected, rtol=1e-6)
-
-
 class RowsOfBatch:
     """A collator that looks rows up in a ready batch."""
 
@@ -292,7 +262,80 @@ class RowsOfBatch:
         return {name: value[picked] for name, value in self.batch.items()}
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "vit", "bert_regression", "electra", "bart"])
+class WeightedTrainer(weighted_class(WithOptimizer)):
+    pass
+
+
+ADAMW = {"kind": torch.optim.AdamW, "settings": ADAM, "learning_rate": 0.02}
+MOMENTUM = {"kind": torch.optim.SGD, "settings": {"momentum": 0.9}, "learning_rate": 0.05}
+NESTEROV = {"kind": torch.optim.SGD, "settings": {"momentum": 0.8, "nesterov": True}, "learning_rate": 0.05}
+CLIPPED = {"weight_decay": 0.1, "max_grad_norm": 0.3}
+SCHEDULED = {"lr_scheduler_type": "cosine", "warmup_steps": 2, "gradient_accumulation_steps": 2}
+
+
+def check_against_real_trainings(
+    folder, make_model, batch, num_examples, tolerance, kind, settings, h=1e-4, **arguments
+):
+    """The scores along a random direction of weights against finite differences of trainings by the Trainer."""
+    trainer_class = type("Special", (WeightedTrainer,), {"kind": kind, "settings": settings})
+    direction = torch.randn(num_examples, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    task = infer_task(make_model())
+
+    def trained(weights, record):
+        trainer = trainer_of(folder, make_model(), record=record, trainer_class=trainer_class, **arguments)
+        give_weights(trainer, weights, task)
+        trainer.train()
+        return trainer
+
+    def outputs(step):
+        model = trained(1 + step * h * direction, False).model.eval()
+        with torch.no_grad():
+            return task.measurement(model, batch)
+
+    prepared = ready(trained(torch.ones(num_examples, dtype=torch.float64), True))
+    found = prepared.sweep(targets_of(prepared, batch, prepared.final()))[0] @ direction
+    values = [outputs(step) for step in (-2, -1, 1, 2)]
+    expected = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * h)
+    assert float(expected.norm()) > 1e-4
+    assert float((found - expected).norm() / expected.norm()) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "arguments", "tolerance"),
+    [
+        (MOMENTUM, CLIPPED, 1e-6),
+        (NESTEROV, CLIPPED, 1e-6),
+        (MOMENTUM, {**SCHEDULED, "weight_decay": 0.1, "num_train_epochs": 4}, 1e-6),
+        (ADAMW, {**CLIPPED, **SCHEDULED, "num_train_epochs": 4}, 1e-5),
+    ],
+    ids=["momentum", "nesterov", "scheduled momentum", "scheduled adamw"],
+)
+def test_scores_are_the_derivative_of_real_trainings(tmp_path, optimizer, arguments, tolerance):
+    check_against_real_trainings(
+        tmp_path, lambda: smooth(dropout=0.2), query_batch(), 12, tolerance, **optimizer, **arguments
+    )
+
+
+@pytest.mark.parametrize("optimizer", [NESTEROV, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("family", "h", "tolerance"),
+    [
+        ("gpt2", 1e-4, 1e-5),
+        ("vit", 1e-4, 1e-5),
+        ("convnext", 1e-4, 1e-5),
+    ],
+)
+def test_models_are_differentiated_through_real_trainings(tmp_path, family, h, tolerance, optimizer):
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in make(family)[1].items()}
+    check_against_real_trainings(
+        tmp_path, lambda: make(family)[0].double(), batch, 5, tolerance, h=h,
+        **{**optimizer, "learning_rate": 0.01}, **CLIPPED,
+        data=Dataset.from_dict({"row": [0, 1, 2, 1, 0]}), per_device_train_batch_size=2, remove_unused_columns=False,
+        trainer_settings={"data_collator": RowsOfBatch(batch)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["bert", "bert_regression", "electra", "bart"])
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch_fused"])
 def test_models_of_transformers(tmp_path, family, optim):
     model, batch = make(family)
@@ -356,6 +399,16 @@ def test_a_truncated_sweep_is_the_end_of_the_whole(adam_run):
     assert torch.equal(scores, prepared.sweep(targets.clone(), first=first, storage="full")[0])
     earlier = prepared.sweep(targets.clone())[0] - scores
     assert earlier.abs().max() > 1e-3
+
+
+def test_derivatives_that_overflow_are_refused_by_step(adam_run):
+    prepared = ready(adam_run)
+    targets = targets_of(prepared, query_batch(), prepared.final())
+    targets[1] *= 1e308
+    with pytest.raises(NonFiniteError, match=r"query row 1 is not finite 1 steps before the end \(step 20\)"):
+        prepared.sweep(targets)
+    with pytest.raises(NonFiniteError, match=r"group 0 is not finite after step \d+ of 21"):
+        prepared.push(torch.full((1, 12), 1e308, dtype=torch.float64))
 
 
 # Forward, by groups of examples

@@ -23,6 +23,7 @@ from hf_attribution.replay import recorder
 from hf_attribution.replay.diagnostics import random_removal
 from hf_attribution.replay.recording import Recording
 from hf_attribution.replay.run import RecordedRun, Replay
+from hf_attribution.replay.sweep import Differentiable
 from hf_attribution.retraining.weighted import SubsetWithPassengers, give_weights, weighted_class
 from hf_attribution.seeds import derive_seed
 from hf_attribution.tasks import Classification
@@ -135,6 +136,25 @@ def test_a_random_removal_takes_whole_groups_and_a_part_of_the_last():
     assert sorted(alone.tolist()) == [-1.0] * 3 + [0.0] * 7
 
 
+def test_what_fits_in_memory_is_taken_at_once(finished, monkeypatch):
+    """AdamW: three cotangents of each query, as many while they change, and one by the gradient: 7 P, and N scores."""
+    prepared = Differentiable.prepare(RecordedRun.open(finished.recording_dir, finished), Classification())
+    size = sum(p.numel() for p in finished.model.parameters())
+    whole = finished.attribute(method=QUICK).values
+    for queries in (1, 3, 7):
+        free = 4 * 4 * (7 * size + 24) * queries + 1
+        monkeypatch.setattr(Differentiable, "_free_memory", lambda self, free=free: free)
+        assert prepared.fitting_block() == queries
+        found = finished.attribute(method=QUICK)
+        assert found.provenance["choices"]["block"] == queries
+        assert np.allclose(found.values, whole, rtol=1e-3, atol=1e-6)
+    states = 4 * size * 4  # parameters, two moments and the gradient of a step, float32
+    for free, storage in ((4 * 19 * states, "full"), (4 * 11 * states, "sqrt"), (4 * states, "tree")):
+        monkeypatch.setattr(Differentiable, "_free_memory", lambda self, free=free: free)
+        assert prepared.fitting_storage(torch.ones(24)) == storage
+    assert found.provenance["choices"]["storage"] == "sqrt"
+
+
 def test_blocks_of_queries(finished, monkeypatch):
     whole = finished.attribute(method=QUICK).values
     monkeypatch.setattr("hf_attribution.replay.sweep.Differentiable.fitting_block", lambda self: 2)
@@ -165,6 +185,39 @@ def test_settings_are_checked():
     for wrong in ({"at": "half"}, {"last": 0.0}, {"storage": "disk"}, {"chunk": 0}, {"curvature": "fisher"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Unroll(**wrong)
+
+
+def test_tracin_follows_every_recorded_step(tmp_path):
+    trainer = make_trainer(
+        AttributionTrainer, tmp_path, model_settings={"hidden": 4, "dropout": 0.1}, num_train_epochs=3,
+        trainer_settings={"record": True}, gradient_accumulation_steps=2, lr_scheduler_type="linear",
+    )  # fmt: skip
+    trainer.train()
+    task, run = Classification(), RecordedRun.open(trainer.recording_dir, trainer)
+    replay = Replay(run, task)
+    replay.load(0, run.recording.state(0))
+    names = ("points", "labels")
+    queries, train = ({name: torch.tensor(rows[name]) for name in names} for rows in (points(7, seed=1), points()))
+
+    def gradients(values):
+        found = [torch.autograd.grad(value, replay.parameters, retain_graph=True) for value in values]
+        return torch.stack([torch.cat([part.flatten() for part in each]) for each in found])
+
+    expected = torch.zeros(7, 24)
+    for number in range(len(run.recording)):
+        step = run.recording.step(number)
+        replay.model.eval()
+        products = gradients(task.measurement(replay.model, queries)) @ gradients(-task.losses(replay.model, train)).T
+        replay.model.train()
+        for batch in step.batches:
+            rows = torch.from_numpy(batch.rows)
+            expected[:, rows] += step.rates[0] / 8 * products[:, rows]  # two micro-batches of four
+        replay.advance()
+    found = trainer.attribute(method="tracin_ideal")
+    assert found.provenance["choices"]["steps"] == 9
+    np.testing.assert_allclose(found.values, expected.numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="record=True"):
+        attribute(trainer.model, points(), points(), method="tracin_ideal")
 
 
 # Recordings that are interrupted
@@ -230,6 +283,24 @@ def test_a_full_disk_ends_the_recording_and_not_the_training(tmp_path, finished,
     assert torch.equal(weights_of(trainer), weights_of(finished))
     with pytest.raises(ArtefactError, match=r"of 18 \(No space left on device\)"):
         trainer.attribute(method=QUICK)
+
+
+def test_a_disk_that_is_full_from_the_start_is_refused_before_training(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(recorder.shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(OSError, match=r"cannot be recorded in .*three checkpoints .* Make room") as caught:
+        trained(tmp_path, trainer_settings={"callbacks": [Interrupt(0)]})
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_what_checkpoints_take_is_said_before_training(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(recorder.logger, "propagate", True)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, trainer_settings={"callbacks": [Interrupt(1)]}, log_level="info")
+    size = 3 * 4 * sum(p.numel() for p in model(hidden=4).parameters()) / 2**20
+    said = f"a checkpoint every 4 of 18 steps, 6 of {size:.3g} MiB each, {6 * size / 2**10:.3g} GiB in all"
+    assert said in caplog.text
 
 
 def test_too_small_a_disk_takes_fewer_checkpoints(tmp_path, monkeypatch):
@@ -324,6 +395,39 @@ def test_refused_settings(tmp_path, settings, message):
     with pytest.raises(UnsupportedError, match=message):
         trained(tmp_path, **settings)
     assert not (tmp_path / "recording").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("fp16", True, "scales the loss and skips steps"),
+        ("lr_scheduler_type", "greedy", "'greedy' follows evaluations"),
+        ("torch_compile", True, "torch_compile"),
+        ("use_liger_kernel", True, "use_liger_kernel"),
+        ("_n_gpu", 2, "2 GPUs"),
+    ],
+)
+def test_settings_that_need_other_machines_are_refused_before_training(tmp_path, setting, value, message):
+    trainer = make_trainer(
+        AttributionTrainer, tmp_path, trainer_settings={"record": True, "callbacks": [Interrupt(0)]}
+    )
+    setattr(trainer.args, setting, value)
+    with pytest.raises(UnsupportedError, match=message):
+        trainer.train()
+
+
+def test_rows_without_names_and_streams_are_refused_before_training(tmp_path):
+    class Tuples(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, row):
+            return [0.0] * 3, 0
+
+    for data, message in ((Tuples(), "rows must be dicts"), (points().to_iterable_dataset(), "map-style")):
+        with pytest.raises((UnsupportedError, TypeError, ValueError), match=message):
+            trained(tmp_path, trainer_settings={"train_dataset": data}, max_steps=2)
+        assert not (tmp_path / "recording").exists()
 
 
 def test_refused_optimisers(tmp_path):

@@ -82,6 +82,12 @@ def fit_flat(rows: CurvatureRows) -> BlockSpectrum:
     return BlockSpectrum(block, Side(1), Side(size, (basis,)), values.clamp(min=0)[None].to(basis))
 
 
+def dual_bytes(rows: CurvatureRows, num_rows: int) -> int:
+    """The memory of so many rows of a curvature matrix and as many eigenvectors, in bytes."""
+    gradients = rows.gradients[0]
+    return 2 * num_rows * gradients.num_parameters * torch.finfo(gradients.dtype).bits // 8
+
+
 def fit_dual(rows: CurvatureRows, num_rows: int) -> BlockSpectrum:
     """Decompose the curvature matrix through the kernel of its rows, which are kept in memory.
 
@@ -98,7 +104,7 @@ def fit_dual(rows: CurvatureRows, num_rows: int) -> BlockSpectrum:
     """
     block, gradients = _flat_block(rows), rows.gradients[0]
     size = gradients.num_parameters
-    needed = 2 * num_rows * size * torch.finfo(gradients.dtype).bits // 8
+    needed = dual_bytes(rows, num_rows)
     if needed > MAX_BYTES:
         raise UnsupportedError(
             f"The {num_rows} rows of the curvature of {size} parameters, and its eigenvectors, take "

@@ -21,6 +21,7 @@ from hf_attribution.methods.representer import Representer
 from hf_attribution.methods.smoothed_unroll import SmoothedUnroll
 from hf_attribution.methods.source import Source
 from hf_attribution.methods.tracin import TracIn
+from hf_attribution.methods.tracin_ideal import TracInIdeal
 from hf_attribution.methods.trackstar import TrackStar
 from hf_attribution.methods.trak import Trak
 from hf_attribution.methods.unroll import Unroll
@@ -37,6 +38,7 @@ METHODS: Catalogue[Method] = Catalogue(
         GradDot,
         GradCos,
         TracIn,
+        TracInIdeal,
         Source,
         Trak,
         LoGra,
@@ -95,6 +97,7 @@ __all__ = [
     "SmoothedUnroll",
     "Source",
     "TracIn",
+    "TracInIdeal",
     "TrackStar",
     "Trak",
     "Unroll",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_attribution.curvature.elementwise import multiplied
-from hf_attribution.curvature.flat import fit_dual, fit_flat
+from hf_attribution.curvature.flat import MAX_BYTES, dual_bytes, fit_dual, fit_flat
 from hf_attribution.curvature.kronecker import BlockSpectrum, fit_curvature
 from hf_attribution.curvature.rows import CURVATURES, CurvatureRows
 from hf_attribution.curvature.segments import Segment, block_matrix
@@ -24,8 +24,11 @@ from hf_attribution.methods.base import GradientMethod, Scored
 from hf_attribution.optimizer_states import OptimizerState, read_optimizer_state
 from hf_attribution.problem import Checkpoint, Problem
 
-SOLVERS = ("ekfac", "dual", "explicit")
+SOLVERS = ("auto", "dual", "ekfac", "explicit")
 OPTIMIZERS = ("auto", "sgd", "adam")
+
+# Rows of a segment's curvature up to which the decomposition of their kernel is a matter of a minute or two.
+MAX_AUTO_ROWS = 6_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +49,10 @@ class Source(GradientMethod):
             only 2 checkpoints.
         curvature: H. `"true_fisher"`: the Fisher matrix by targets drawn from the model; `"gauss_newton"`: what that
             is on average, for classifiers and regressions; `"fisher"`: the empirical Fisher matrix.
-        solver: `"ekfac"`. `"dual"`: exact, through the kernel of all pairs of the curvature's gradients in a segment,
-            which are kept in memory, for few training examples; where it fits it predicted retraining better, by far
-            (a small GPT-2: LDS .66 against .44). `"explicit"`: exact, through the matrix of all pairs
-            of parameters, for small models.
+        solver: `"dual"`: exact, through the kernel of all pairs of the curvature's gradients in a segment, which are
+            kept in memory, for few training examples. `"ekfac"`: approximate, for any number. `"auto"`: the exact one
+            where it fits, since it predicts retraining better, by far (a small GPT-2: LDS .66 against .44).
+            `"explicit"`: exact, through the matrix of all pairs of parameters, for small models.
         optimizer: `"sgd"`, `"adam"` (which needs the `optimizer.pt` of the checkpoints), or `"auto"`: what these say.
         momentum: Of SGD: it multiplies the learning rate by `1 / (1 - momentum)`. `"auto"` reads `optimizer.pt`.
         seed: Seed of the drawn targets.
@@ -59,7 +62,7 @@ class Source(GradientMethod):
 
     segments: int | str = "auto"
     curvature: str = "true_fisher"
-    solver: str = "ekfac"
+    solver: str = "auto"
     optimizer: str = "auto"
     momentum: float | str = "auto"
     seed: int = 0
@@ -84,7 +87,8 @@ class Source(GradientMethod):
         states = self._optimizer_states(problem)
         items = sum(problem.task.num_items(batch.inputs) for batch in problem.train.batches())
         split = np.array_split(np.arange(len(sums)), self._num_segments(len(sums)))
-        parts = [_Part(self, problem, numbers, sums[numbers], [states[n] for n in numbers]) for numbers in split]
+        method = dataclasses.replace(self, solver=self._fitting_solver(problem, max(map(len, split))))
+        parts = [_Part(method, problem, numbers, sums[numbers], [states[n] for n in numbers]) for numbers in split]
         segments = [part.fit(items) for part in parts]
         values = np.zeros(problem.shape, np.float32)
         total = len(sums) * values.size
@@ -103,6 +107,7 @@ class Source(GradientMethod):
                         values[rows] += part.products(moved, bar) / items
                         directions = [segment.back(d) for d in directions]
         choices = {
+            "solver": method.solver,
             "optimizer": states[0].kind,
             "momentum": states[0].momentum,
             "total_steps": [segment.time for segment in segments],
@@ -112,6 +117,15 @@ class Source(GradientMethod):
 
     def _num_segments(self, num_checkpoints: int) -> int:
         return int(self.segments) if self.segments != "auto" else 2 if num_checkpoints == 2 else 3
+
+    def _fitting_solver(self, problem: Problem, num_checkpoints: int) -> str:
+        """The solver; where it is to be chosen, the exact one if the largest segment's rows fit."""
+        if self.solver != "auto":
+            return self.solver
+        model, _ = next(dataclasses.replace(problem, checkpoints=problem.checkpoints[:1]).models())
+        rows = CurvatureRows(model, problem.task, problem.train, self.curvature, self.modules_of(model), self.seed)
+        num_rows = num_checkpoints * len(rows.gradients) * len(problem.train)
+        return "dual" if num_rows <= MAX_AUTO_ROWS and dual_bytes(rows, num_rows) <= MAX_BYTES else "ekfac"
 
     def _learning_rate_sums(self, checkpoints: Sequence[Checkpoint]) -> np.ndarray:
         """The learning rates of the steps that each checkpoint stands for, added up: float64 `[C]`."""

@@ -247,8 +247,8 @@ def _blocks(parts: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple
 
 def _growth(lengths: list[Tensor]) -> float:
     """How much longer cotangents, or tangents, became on their way, at most: the median over queries, or groups."""
-    stacked = torch.stack(lengths)
-    return float((stacked.max(0).values / stacked[0].clamp(min=1e-30)).median())
+    joined = torch.stack(lengths)
+    return float((joined.max(0).values / joined[0].clamp(min=1e-30)).median())
 
 
 def _measurement(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.activations import NewGELUActivation
 
 from hf_attribution.copies import own_copy
 from hf_attribution.replay.attention import use_exact_attention
@@ -33,6 +34,14 @@ class _Outputs(nn.Module):
         return self.function(self.model, batch)
 
 
+def _fuse_gelu(model: nn.Module) -> None:
+    """Let GPT-2's GELU be torch's own, the same function: written out, its second derivatives take many operations."""
+    for module in model.modules():
+        for name, child in list(module.named_children()):
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+
+
 class FlatModel:
     """A task's losses as functions of a flat vector of parameters.
 
@@ -46,6 +55,7 @@ class FlatModel:
         # A copy, for its attention is another; the tensors are the same ones.
         self.model, self.task = own_copy(model, (*model.parameters(), *model.buffers())), task
         use_exact_attention(self.model)
+        _fuse_gelu(self.model)
         for module in self.model.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False  # type: ignore[assignment]

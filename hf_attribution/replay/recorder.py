@@ -88,8 +88,14 @@ class Recorder(TrainerCallback):
             "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
             "threads": torch.get_num_threads(),
         }
-        with self._unless_disk_is_full():
+        try:
             self._begin(state, kwargs["optimizer"])
+        except OSError as error:  # before hours are spent; later only the recording ends
+            raise OSError(
+                error.errno,
+                f"The training cannot be recorded in {self.folder}: {error.strerror or error}. Make room, give "
+                "record= another folder, or train without it",
+            ) from error
 
     def on_pre_optimizer_step(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -152,7 +158,7 @@ class Recorder(TrainerCallback):
                 write_weights(self.folder, self.weights)
             self._keep_state(start, optimizer)
         spacing = self._header["spacing"]
-        count = math.ceil(state.max_steps / spacing) + 1
+        count = math.ceil((state.max_steps - start) / spacing) + 1
         logger.info(
             f"Recording the training in {self.folder}: a checkpoint every {spacing} of {state.max_steps} steps, "
             f"{count} of {size / 2**20:.3g} MiB each, {count * size / 2**30:.3g} GiB in all."
