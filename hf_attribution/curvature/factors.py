@@ -56,6 +56,10 @@ class FactorSums:
             else:
                 self.left.add_entries(left[:, 0], left_weight)
 
+    def tensors(self) -> list[Tensor]:
+        """The sums: over all examples, once they are added up over the parts of these."""
+        return [*self.left.sums, *self.right.sums, self.count]
+
     def bases(self) -> tuple[Side, Side, Tensor]:
         """Eigenvectors of both factors, and the eigenvalues of `A ⊗ G / R`, `[rows, columns]`."""
         left, left_values = self.left.eigen()

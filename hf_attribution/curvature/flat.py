@@ -11,7 +11,9 @@ from hf_attribution.curvature.kronecker import BlockSpectrum
 from hf_attribution.curvature.rows import CurvatureRows
 from hf_attribution.curvature.solvers import MAX_EXPLICIT
 from hf_attribution.errors import NonFiniteError, UnsupportedError
+from hf_attribution.gradients.per_example import Gradients
 from hf_attribution.gradients.terms import Dense, Term, dense
+from hf_attribution.processes import add_up, in_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,7 @@ def fit_flat(rows: CurvatureRows) -> BlockSpectrum:
         for term in block.matrices(gradients.terms):
             vectors = term.dense().double()
             total.addmm_(vectors.T, vectors)
+    add_up(total)
     _refuse_non_finite(total, rows)
     values, vectors = torch.linalg.eigh(total)
     basis = vectors.to(rows.gradients[0].dtype)
@@ -113,11 +116,9 @@ def fit_dual(rows: CurvatureRows, num_rows: int) -> BlockSpectrum:
         )
     matrix = torch.empty(num_rows, size, dtype=gradients.dtype, device=rows.device)
     filled = 0
-    for batch in rows:
-        end = filled + len(batch.indices)
-        found = block.matrices(batch.terms)
-        matrix[filled:end] = found[0].dense() if found else 0.0
-        filled = end
+    for (vectors,) in in_order(((_vectors(block, batch),) for batch in rows), at_once=1):
+        matrix[filled : filled + len(vectors)] = vectors
+        filled += len(vectors)
     kernel = matrix @ matrix.T
     _refuse_non_finite(kernel, rows)
     values, vectors = torch.linalg.eigh(kernel.double())
@@ -125,6 +126,12 @@ def fit_dual(rows: CurvatureRows, num_rows: int) -> BlockSpectrum:
     values, vectors = values[kept], vectors[:, kept]
     basis = matrix.T @ (vectors / values.sqrt()).to(matrix)
     return BlockSpectrum(block, Side(1), Side(size, (basis,)), values[None].to(basis))
+
+
+def _vectors(block: FlatBlock, gradients: Gradients) -> Tensor:
+    """The gradients of a batch as `[B, P]`; 0 where the values depend on no parameter."""
+    found = block.matrices(gradients.terms)
+    return found[0].dense().flatten(1) if found else gradients.values.new_zeros(len(gradients.indices), block.shape[1])
 
 
 def _flat_block(rows: CurvatureRows) -> FlatBlock:

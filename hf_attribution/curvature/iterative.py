@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_attribution.curvature.operators import FlatRows
 from hf_attribution.curvature.solvers import Solution
+from hf_attribution.processes import add_up
 
 
 class Products:
@@ -16,7 +17,7 @@ class Products:
     Args:
         solve: The solver, of right-hand sides `[R, P]`.
         ridge: λ.
-        gains: The training examples' gradients.
+        gains: The training examples' gradients, shared.
         queries: The queries' gradients, if there are any.
 
     Attributes:
@@ -37,12 +38,14 @@ class Products:
             solved = self._solved(block)
             for columns, gain in self._gains:
                 scores[where[:, None], columns] = (solved @ gain.T).to(scores)
+        add_up(scores)
         return scores.numpy()
 
     def self_influence(self) -> np.ndarray:
         """`g (H + λI)⁻¹ g`: float32 `[N]`."""
         own = torch.zeros(len(self._gains), dtype=torch.float32)
-        for columns, gain in self._gains.blocks():
+        # All processes solve for the same block at a time, and share the products that this takes.
+        for columns, gain in FlatRows(self._gains.sources).blocks():
             own[columns] = (self._solved(gain) * gain).sum(1).to(own)
         return own.numpy()
 

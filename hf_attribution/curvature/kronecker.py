@@ -18,6 +18,7 @@ from hf_attribution.curvature.rows import CurvatureRows
 from hf_attribution.errors import NonFiniteError
 from hf_attribution.gradients.per_example import Gradients
 from hf_attribution.gradients.terms import Dense, Term
+from hf_attribution.processes import add_up, is_main
 from hf_attribution.seals import plain_json
 
 if TYPE_CHECKING:
@@ -282,14 +283,18 @@ def _find_bases(
         gradients.terms.clear()  # before the next batch needs memory for its own
         if kept:
             kept.offer(gradients.indices, matrices)
-    return [BlockSpectrum(s.block, *sums.pop(s.block.name).bases()) if s.block.name in sums else s for s in spectra]
+    diagonal = [spectrum.eigenvalues for spectrum in spectra if spectrum.block.name not in sums]
+    add_up(*diagonal, *(tensor for total in sums.values() for tensor in total.tensors()))
+    return [BlockSpectrum(s.block, *_bases(sums.pop(s.block.name))) if s.block.name in sums else s for s in spectra]
 
 
 def _refit(rows: CurvatureRows, spectra: list[BlockSpectrum], kept: _Kept, progress: bool) -> None:
     """Replace eigenvalues by the sums of the gradients' squared entries in the basis."""
     for spectrum in spectra:
         spectrum.eigenvalues.zero_()
-    remaining = rows.batches(kept.examples) if kept.batches else rows
+    of_all = kept.examples.astype(np.int32)
+    add_up(of_all)
+    remaining = rows.batches(of_all > 0, shared=True)
     while kept.batches:
         matrices = kept.batches.pop(0)
         for spectrum in spectra:
@@ -300,6 +305,19 @@ def _refit(rows: CurvatureRows, spectra: list[BlockSpectrum], kept: _Kept, progr
             if terms := spectrum.block.matrices(gradients.terms):
                 spectrum.eigenvalues.add_(sum_of_squares(terms, spectrum.left, spectrum.right))
         gradients.terms.clear()
+    add_up(*(spectrum.eigenvalues for spectrum in spectra))
+
+
+def _bases(sums: FactorSums) -> tuple[Side, Side, Tensor]:
+    """The bases of one block, the main process's: of equal eigenvalues another machine may choose other vectors."""
+    left, right, eigenvalues = sums.bases()
+    parts = [part.contiguous() for part in (*left.vectors, *right.vectors, eigenvalues)]
+    if not is_main():
+        for part in parts:
+            part.zero_()
+    add_up(*parts)
+    lefts, rights = parts[: len(left.vectors)], parts[len(left.vectors) : -1]
+    return Side(left.size, tuple(lefts)), Side(right.size, tuple(rights)), parts[-1]
 
 
 def _zeros(block: Block, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from hf_attribution.gradients.held import Source
 from hf_attribution.gradients.per_example import Gradients
 from hf_attribution.gradients.terms import Dense, Term, dense, inner_products, squared_norms
+from hf_attribution.processes import add_up
 
 
 class MeanInverse:
@@ -31,20 +32,24 @@ class MeanInverse:
         self.train, self.progress = train, progress
         self.layers = layers(train.gradients.parameters)
         self._lengths = {layer: torch.zeros(len(train.split), device=train.gradients.device) for layer in self.layers}
-        for gradients in self._batches("gradient lengths"):
+        for gradients in self._batches("gradient lengths", shared=True):
             for layer, names in self.layers.items():
                 for name in names & gradients.terms.keys():
                     found = squared_norms(gradients.terms[name])
                     self._lengths[layer][gradients.indices] += found.to(self._lengths[layer])
+        add_up(*self._lengths.values())
         means = {layer: float(lengths.mean(dtype=torch.float64)) for layer, lengths in self._lengths.items()}
         # A layer without any gradient has none to precondition.
         self.ridges = {layer: damping * mean if mean > 0 else 1.0 for layer, mean in means.items()}
 
     def __call__(self, block: Sequence[Gradients]) -> list[Gradients]:
         """The products with a block of gradients, dense."""
+        return self._products(block, shared=True)
+
+    def _products(self, block: Sequence[Gradients], shared: bool) -> list[Gradients]:
         shapes = self.train.gradients.parameters
         sums = [{name: _zeros(part, name, shapes[name]) for name in part.terms} for part in block]
-        for gradients in self._batches("mean of inverses"):
+        for gradients in self._batches("mean of inverses", shared):
             for layer, names in self.layers.items():
                 known = names & gradients.terms.keys()
                 weights = 1 / (self.ridges[layer] + self._lengths[layer][gradients.indices])
@@ -56,12 +61,14 @@ class MeanInverse:
                         coefficients = torch.stack(products).sum(0) * weights
                         for name in common:
                             total[name] += coefficients @ formed[name]
+        if shared:
+            add_up(*(total for totals in sums for total in totals.values()))
         return [self._directions(part, total) for part, total in zip(block, sums, strict=True)]
 
     def quadratic_forms(self, block: Sequence[Gradients]) -> list[Tensor]:
         """`gᵀ P g` of each gradient of a block."""
         found = []
-        for part, directions in zip(block, self(block), strict=True):
+        for part, directions in zip(block, self._products(block, shared=False), strict=True):
             products = [
                 (directions.terms[name][0].dense() * dense(terms)).sum(1) for name, terms in part.terms.items()
             ]
@@ -77,9 +84,9 @@ class MeanInverse:
                 terms[name] = [Dense(values)]
         return Gradients(part.indices, part.values, terms)
 
-    def _batches(self, what: str) -> "tqdm[Gradients]":
+    def _batches(self, what: str, shared: bool) -> "tqdm[Gradients]":
         device, gradients = self.train.gradients.device, self.train.gradients
-        batches = (gradients(batch.to(device)) for batch in self.train.split.batches())
+        batches = (gradients(batch.to(device)) for batch in self.train.split.batches(shared=shared))
         return tqdm(batches, desc=what, leave=False, disable=not self.progress)
 
 

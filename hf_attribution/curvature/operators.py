@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_attribution.data import Split
 from hf_attribution.gradients.held import Source
 from hf_attribution.gradients.per_example import Function
+from hf_attribution.processes import add_up
 
 # Bytes of right-hand sides that are solved for at once.
 BLOCK_BYTES = 2**28
@@ -22,10 +23,11 @@ class FlatRows:
 
     Args:
         sources: What computes them; all on the same parameters.
+        shared: Whether the processes of a launch share them, so that each has only its part.
     """
 
-    def __init__(self, sources: Sequence[Source]) -> None:
-        self.sources = sources
+    def __init__(self, sources: Sequence[Source], shared: bool = False) -> None:
+        self.sources, self.shared = sources, shared
         self.parameters = sources[0].gradients.parameters
         size = 4 * len(self) * sources[0].gradients.num_parameters
         self._kept: list[tuple[Tensor, Tensor]] | None = list(self._compute()) if size <= ROWS_BYTES else None
@@ -49,12 +51,17 @@ class FlatRows:
             yield stacked(parts)
 
     def squared_norm(self) -> float:
-        """The sum of the rows' squared lengths: the trace of their Gram matrix."""
-        return sum(float(rows.double().square().sum()) for _, rows in self)
+        """The sum of all rows' squared lengths: the trace of their Gram matrix."""
+        total = torch.zeros(1, dtype=torch.float64)
+        for _, rows in self:
+            total += rows.double().square().sum().cpu()
+        if self.shared:
+            add_up(total)
+        return float(total)
 
     def _compute(self) -> Iterator[tuple[Tensor, Tensor]]:
         for source in self.sources:
-            for held in source.batches():
+            for held in source.batches(shared=self.shared):
                 yield held.indices, held.flat(self.parameters)
 
 
@@ -62,7 +69,7 @@ class GramOperator:
     """Products with `H = Σ_r row rowᵀ + λI`: the empirical Fisher or the Gauss-Newton matrix, damped.
 
     Args:
-        rows: The rows.
+        rows: The rows, shared.
         ridge: λ.
     """
 
@@ -71,10 +78,11 @@ class GramOperator:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """Products with vectors `[R, P]`."""
-        total = self.ridge * vectors
+        total = torch.zeros_like(vectors)
         for _, rows in self.rows:
             total += vectors @ rows.T @ rows
-        return total
+        add_up(total)
+        return total + self.ridge * vectors
 
 
 class HessianOperator:
@@ -102,14 +110,15 @@ class HessianOperator:
                 vectors.split([p.numel() for p in self.parameters], dim=1), self.parameters, strict=True
             )
         ]
-        total = self.ridge * vectors
-        for batch in self.split.batches():
+        total = torch.zeros_like(vectors)
+        for batch in self.split.batches(shared=True):
             # Fused attention has no second derivative.
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 loss = self.losses(self.model, batch.to(vectors.device).inputs).sum()
                 gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
                 total += self._differentiate(gradients, cotangents)
-        return total
+        add_up(total)
+        return total + self.ridge * vectors
 
     def _differentiate(self, gradients: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor:
         # A gradient that is constant in the parameters has no graph, and adds nothing.

@@ -16,6 +16,7 @@ from hf_attribution.gradients.directions import Preconditioner, gradient_blocks
 from hf_attribution.gradients.held import Source
 from hf_attribution.gradients.per_example import Gradients
 from hf_attribution.gradients.terms import Lookup, Outer, Term, inner_products, squared_norms, take
+from hf_attribution.processes import add_up, count
 
 GRANULARITIES = ("example", "module", "token")
 
@@ -77,8 +78,9 @@ def token_layout(source: Source, model: nn.Module) -> Layout:
             "granularity='module' or 'example'."
         )
     lengths = np.zeros(len(source.split), dtype=np.int64)
-    for batch in source.split.batches():
+    for batch in source.split.batches(shared=True):
         lengths[batch.indices.numpy()] = _token_mask(batch).sum(1).cpu().numpy()
+    add_up(lengths)
     parts = [np.arange(-1, length) for length in lengths]
     return Layout(np.arange(len(lengths)).repeat(lengths + 1), np.concatenate(parts))
 
@@ -110,7 +112,7 @@ def part_products(
     with tqdm(total=total, desc="gradient products", unit="pairs", leave=False, disable=not progress) as bar:
         for block in gradient_blocks(queries):
             directions = preconditioner(block)
-            for batch in train.split.batches():
+            for batch in train.split.batches(shared=True):
                 batch = batch.to(train.gradients.device)
                 gradients = train.gradients(batch)
                 for part in directions:
@@ -125,7 +127,8 @@ def part_products(
                     refuse_non_finite(found.transpose(0, 1), batch.indices, "An inner product with the gradient")
                     rows = part.indices.numpy()[:, None]
                     values[rows, columns[kept]] = found.cpu().numpy()[:, kept]
-                    bar.update(len(part.indices) * len(batch.indices))
+                    bar.update(len(part.indices) * len(batch.indices) * count())
+    add_up(values)
     return values
 
 

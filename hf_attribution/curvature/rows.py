@@ -23,6 +23,8 @@ _SEEDS = "hf_attribution_seeds"  # rides along in a batch's inputs, to the task
 class CurvatureRows:
     """Rows of a curvature matrix of the training losses, summed over the examples.
 
+    Processes of a launch share them: each iterates over its part, and adds up what it makes of it.
+
     Args:
         model: The model, in `eval()` mode.
         task: Its task.
@@ -67,11 +69,11 @@ class CurvatureRows:
         return len(self.gradients) == 1
 
     def __iter__(self) -> Iterator[Gradients]:
-        return self.batches()
+        return self.batches(shared=True)
 
-    def batches(self, skip: np.ndarray | None = None) -> Iterator[Gradients]:
-        """The rows, batch by batch, without batches of skipped examples `[N]` alone."""
-        for batch in self.split.batches(skip):
+    def batches(self, skip: np.ndarray | None = None, shared: bool = False) -> Iterator[Gradients]:
+        """The rows, or this process's share of them, without batches of skipped examples `[N]` alone."""
+        for batch in self.split.batches(skip, shared=shared):
             prepared = self._prepared(batch)
             for gradients in self.gradients:
                 yield gradients(prepared)
@@ -82,7 +84,7 @@ class CurvatureRows:
 
     def refuse_non_finite(self) -> None:
         """Find the first example whose gradient is NaN, infinite or too long, and refuse it by row and parameter."""
-        for gradients in self:
+        for gradients in self.batches(shared=False):
             for name, terms in gradients.terms.items():
                 what = f"The squared length of the gradient of {name}"
                 refuse_non_finite(squared_norms(terms), gradients.indices, what)

@@ -12,16 +12,17 @@ from hf_attribution.gradients.checks import refuse_non_finite
 from hf_attribution.gradients.held import Held, Source, concatenate, hold
 from hf_attribution.gradients.per_example import Gradients
 from hf_attribution.gradients.terms import Dense, dense, packed, take, truncated
+from hf_attribution.processes import add_up, count
 
 
 class Preconditioner(Protocol):
     """A positive definite matrix P of all parameters, applied to the gradients of a block of examples at a time."""
 
     def __call__(self, block: Sequence[Gradients]) -> list[Gradients]:
-        """`P g`."""
+        """`P g`. All processes of a launch call this with the same block, and may share what it takes."""
 
     def quadratic_forms(self, block: Sequence[Gradients]) -> list[Tensor]:
-        """`gᵀ P g`, `[B]` of each part of the block."""
+        """`gᵀ P g`, `[B]` of each part of the block. Each process calls this with blocks of its own."""
 
 
 def directional_products(
@@ -72,11 +73,12 @@ def self_products(train: Source, preconditioner: Preconditioner, progress: bool 
     """`⟨P g(i), g(i)⟩` of every example of a source: float32 `[N]`, by blocks as of queries."""
     values = np.zeros(len(train.split), dtype=np.float32)
     with tqdm(total=len(values), desc="self-influence", unit="rows", leave=False, disable=not progress) as bar:
-        for block in gradient_blocks(train):
+        for block in gradient_blocks(train, shared=True):
             for gradients, found in zip(block, preconditioner.quadratic_forms(block), strict=True):
                 refuse_non_finite(found, gradients.indices, "The self-influence")
                 values[gradients.indices.numpy()] = found.cpu().numpy()
-                bar.update(len(found))
+                bar.update(len(found) * count())
+    add_up(values)
     return values
 
 
@@ -87,12 +89,20 @@ def block_size(source: Source) -> int:
     return max(1, products.BLOCK_BYTES // (2 * max(4, itemsize) * source.gradients.num_parameters))
 
 
-def gradient_blocks(source: Source) -> Iterator[list[Gradients]]:
-    """The gradients of all rows of a source, in blocks whose dense form would fit in `products.BLOCK_BYTES`."""
+def gradient_blocks(source: Source, shared: bool = False) -> Iterator[list[Gradients]]:
+    """The gradients of all rows of a source, in blocks whose dense form would fit in `products.BLOCK_BYTES`.
+
+    Args:
+        source: The rows.
+        shared: Whether the processes of a launch share them.
+
+    Yields:
+        Blocks of consecutive rows of the pass, as parts of batches.
+    """
     size = block_size(source)
     block: list[Gradients] = []
     held = 0
-    for batch in source.split.batches():
+    for batch in source.split.batches(shared=shared):
         gradients = source.gradients(batch.to(source.gradients.device))
         start = 0
         while start < len(gradients.indices):
@@ -131,13 +141,14 @@ def _directions(queries: Source, preconditioner: Preconditioner, rank: int | Non
 
 def _products(directions: Held, train: Source, bar: tqdm) -> np.ndarray:
     found = np.zeros((len(directions), len(train.split)), dtype=np.float32)
-    for batch in train.split.batches():
+    for batch in train.split.batches(shared=True):
         gradients = _packed(train.gradients(batch.to(train.gradients.device)))
         values = directions.products(hold(gradients))
         gradients.terms.clear()  # before the next batch needs memory for its own
         refuse_non_finite(values.T, gradients.indices, "An inner product with the gradient")
         found[:, gradients.indices.numpy()] = values.cpu().numpy()
-        bar.update(values.numel())
+        bar.update(values.numel() * count())
+    add_up(found)
     return found
 
 

@@ -90,9 +90,9 @@ class Source:
         """The dataset positions of the rows that count, in order."""
         return np.arange(len(self.split)) if self.only is None else np.flatnonzero(self.only)
 
-    def batches(self, skip: np.ndarray | None = None) -> Iterator[Held]:
-        """The gradients of all rows, batch by batch, without batches of skipped rows `[N]` alone."""
-        for batch in self.split.batches(skip, self.only):
+    def batches(self, skip: np.ndarray | None = None, shared: bool = False) -> Iterator[Held]:
+        """The gradients of all rows, or of this process's share, batch by batch, without batches of skipped rows."""
+        for batch in self.split.batches(skip, self.only, shared):
             yield concatenate([hold(self.gradients(batch.to(self.gradients.device)))])
 
 

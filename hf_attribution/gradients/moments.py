@@ -15,6 +15,7 @@ from hf_attribution.data import Batch
 from hf_attribution.gradients.held import Source
 from hf_attribution.gradients.per_example import Gradients, PerExampleGradients
 from hf_attribution.gradients.terms import Dense, Lookup, Outer, Term
+from hf_attribution.processes import add_up
 
 # Added to a row's or column's second moment, as a share of the mean one: some, rare tokens say, have none.
 EPSILON = 1e-3
@@ -88,12 +89,13 @@ def second_moments(source: Source) -> SecondMoments:
     columns = {
         name: parameter.new_zeros(parameter.numel() // len(rows[name])) for name, parameter in parameters.items()
     }
-    for batch in source.split.batches(only=source.only):
+    for batch in source.split.batches(only=source.only, shared=True):
         for name, terms in source.gradients(batch.to(source.gradients.device)).terms.items():
             for term in terms:
                 row, column = _squares(term, len(rows[name]))
                 rows[name] += row / (number * len(columns[name]))
                 columns[name] += column / (number * len(rows[name]))
+    add_up(*rows.values(), *columns.values())
     sizes = [parameter.numel() for parameter in parameters.values()]
     overall = sum(row.mean() * size for row, size in zip(rows.values(), sizes, strict=True)) / sum(sizes)
     for name, row in rows.items():

@@ -1,5 +1,6 @@
 """Inner products between the gradients of queries and of training examples: exact, or from stored projections."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ from tqdm.auto import tqdm
 
 from hf_attribution.gradients.checks import refuse_non_finite
 from hf_attribution.gradients.held import Held, Source, concatenate
+from hf_attribution.processes import add_up, count, share
 
 # Bytes that the gradients of a block of rows may take; all other data are read once per block.
 BLOCK_BYTES = 2**30
@@ -20,7 +22,8 @@ TILE_BYTES = 2**26
 def gradient_products(queries: Source, train: Source, normalize: bool = False, progress: bool = True) -> np.ndarray:
     """Exact inner products of the gradients of all queries with those of all training examples.
 
-    Queries are taken in blocks that fit in memory, and the training data are read once per block.
+    Queries are taken in blocks that fit in memory, and the training data are read once per block. Processes of a
+    launch share that; each computes the queries' gradients for itself.
 
     Args:
         queries: The queries' gradients.
@@ -38,7 +41,7 @@ def gradient_products(queries: Source, train: Source, normalize: bool = False, p
     ) as bar:
         while block := _take_block(stream):
             norms = [tile.norms() if normalize else None for tile in block]
-            for batch in train.batches():
+            for batch in train.batches(shared=True):
                 batch_norms = batch.norms() if normalize else None
                 for tile, lengths in zip(block, norms, strict=True):
                     products = tile.products(batch)
@@ -47,17 +50,19 @@ def gradient_products(queries: Source, train: Source, normalize: bool = False, p
                         products = products / both.clamp(min=torch.finfo(products.dtype).tiny)
                     refuse_non_finite(products.T, batch.indices, "An inner product with the gradient")
                     scores[np.ix_(tile.indices.numpy(), batch.indices.numpy())] = products.cpu().numpy()
-                    bar.update(products.numel())
+                    bar.update(products.numel() * count())
+    add_up(scores)
     return scores
 
 
 def squared_lengths(source: Source) -> Tensor:
     """Squared lengths of all gradients of a source: `[N]`, in dataset order."""
     found = torch.zeros(len(source.split), dtype=source.gradients.dtype)
-    for held in source.batches():
+    for held in source.batches(shared=True):
         lengths = held.norms().square()
         refuse_non_finite(lengths, held.indices, "The squared length of a gradient")
         found[held.indices] = lengths.to(found)
+    add_up(found)
     return found
 
 
@@ -66,7 +71,8 @@ def gradient_kernel(
 ) -> tuple[Tensor, list[Tensor]]:
     """Exact inner products of all gradients of some sources with each other, and with those of other sources.
 
-    Rows are taken in blocks that fit in memory; for each, the rows after it and the others are read once.
+    Rows are taken in blocks that fit in memory; for each, the rows after it and the others are read once. Processes
+    of a launch share that and the products; each computes the block's gradients for itself.
 
     Args:
         rows: Sources with n rows in all, on the same model.
@@ -84,25 +90,25 @@ def gradient_kernel(
     done = np.zeros(size, dtype=bool)
     with tqdm(total=size, desc="gradient kernel", unit="rows", leave=False, disable=not progress) as bar:
         while not done.all():
-            stream = _positioned(rows, done)
-            block = _take_block(stream)
-            for number, tile in enumerate(block):
-                for other in block[number:]:
-                    _fill(kernel, tile, other)
-                own = kernel[tile.indices, tile.indices]
+            block = _take_block(_positioned(rows, done))
+            for tile in block:
+                own = tile.norms().square()
                 refuse_non_finite(own, torch.from_numpy(examples)[tile.indices], "The squared length of a gradient")
                 done[tile.indices] = True
                 bar.update(len(tile))
-            for batch in stream:
+            for tile, other in share(itertools.combinations_with_replacement(block, 2)):
+                _fill(kernel, tile, other)
+            for batch in _positioned(rows, done, shared=True):
                 for tile in block:
                     _fill(kernel, tile, batch)
             for source, cross in zip(others, crosses, strict=True):
-                for batch in source.batches():
+                for batch in source.batches(shared=True):
                     for tile in block:
                         products = batch.products(tile)
                         what = f"An inner product with the gradient of the {source.split.name} row"
                         refuse_non_finite(products, batch.indices, what)
                         cross[batch.indices[:, None], tile.indices] = products.to(cross)
+    add_up(kernel, *crosses)
     return kernel, crosses
 
 
@@ -129,7 +135,7 @@ def _take_block(stream: Iterator[Held]) -> list[Held]:
     return [*tiles, concatenate(parts)] if parts else tiles
 
 
-def _positioned(rows: Sequence[Source], done: np.ndarray) -> Iterator[Held]:
+def _positioned(rows: Sequence[Source], done: np.ndarray, shared: bool = False) -> Iterator[Held]:
     """The batches of all sources that are not done, with positions among all rows."""
     start = 0
     for source in rows:
@@ -138,6 +144,6 @@ def _positioned(rows: Sequence[Source], done: np.ndarray) -> Iterator[Held]:
         positions[chosen] = np.arange(start, start + len(chosen))
         skip = np.zeros(len(source.split), dtype=bool)
         skip[chosen] = done[positions[chosen]]
-        for batch in source.batches(skip):
+        for batch in source.batches(skip, shared):
             yield Held(torch.from_numpy(positions)[batch.indices], batch.values, batch.segments)
         start += len(chosen)

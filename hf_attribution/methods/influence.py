@@ -155,14 +155,14 @@ class _Linearised:
         return RidgeRegression(train, self.damping, query)
 
     def _products(self, solver: str, queries: Source | None) -> Products:
-        method, gains = self.method, FlatRows([self.gains])
+        method, gains = self.method, FlatRows([self.gains], shared=True)
         operator: GramOperator | HessianOperator
         if method.curvature == "hessian":
             ridge = self.damping * gains.squared_norm() / len(self.problem.train)
             parameters = self.gains.gradients.parameters
             operator = HessianOperator(self.model, self.problem.task.losses, self.problem.train, parameters, ridge)
         else:
-            rows = gains if method.curvature == "fisher" else FlatRows(self._curvature_rows)
+            rows = gains if method.curvature == "fisher" else FlatRows(self._curvature_rows, shared=True)
             ridge = self.damping * rows.squared_norm() / len(self.problem.train)
             operator = GramOperator(rows, ridge)
         solve = _solver(solver, method, operator)

@@ -1,7 +1,7 @@
 """Hidden states of all rows, one vector a row, and how alike two of them are."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_attribution.data import Split
 from hf_attribution.errors import NonFiniteError
 from hf_attribution.gradients.rules import output_tensors
+from hf_attribution.processes import in_order
 from hf_attribution.tasks import Task
 
 POOLINGS = ("mean", "first", "last", "max")
@@ -33,17 +34,22 @@ def representations(model: nn.Module, task: Task, split: Split, layer: str | Non
         ValueError: If there is no such module, no linear layer ran, or the states cannot be pooled so.
     """
     states, device = torch.empty(0), next(model.parameters()).device
-    for batch in split.batches():
-        inputs = batch.to(device).inputs
-        seen = _capture(model, layer, functools.partial(task.forward, model, inputs))
-        pooled = _pool(seen, inputs, pooling).float().cpu()
+
+    def pooled_states() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in split.batches(shared=True):
+            inputs = batch.to(device).inputs
+            seen = _capture(model, layer, functools.partial(task.forward, model, inputs))
+            yield batch.indices, _pool(seen, inputs, pooling).float()
+
+    for indices, pooled in in_order(pooled_states()):
+        indices, pooled = indices.cpu(), pooled.cpu()
         finite = pooled.isfinite().all(1)
         if not finite.all():
-            row = int(batch.indices[~finite][0])
+            row = int(indices[~finite][0])
             raise NonFiniteError(f"The hidden state of {split.name} row {row} is NaN or infinite: look at that row.")
         if not len(states):
             states = torch.empty(len(split), pooled.shape[1])
-        states[batch.indices] = pooled
+        states[indices] = pooled
     return states
 
 

@@ -23,6 +23,7 @@ from hf_attribution.gradients.terms import times
 from hf_attribution.methods.base import GradientMethod, Scored
 from hf_attribution.optimizer_states import OptimizerState, read_optimizer_state
 from hf_attribution.problem import Checkpoint, Problem
+from hf_attribution.processes import add_up
 
 SOLVERS = ("auto", "dual", "ekfac", "explicit")
 OPTIMIZERS = ("auto", "sgd", "adam")
@@ -85,7 +86,11 @@ class Source(GradientMethod):
         """Go through the run backwards, a segment at a time, with the queries' gradients at its end."""
         sums = self._learning_rate_sums(problem.checkpoints)
         states = self._optimizer_states(problem)
-        items = sum(problem.task.num_items(batch.inputs) for batch in problem.train.batches())
+        counted = np.zeros(1, np.int64)
+        for batch in problem.train.batches(shared=True):
+            counted += int(problem.task.num_items(batch.inputs))
+        add_up(counted)
+        items = int(counted[0])
         split = np.array_split(np.arange(len(sums)), self._num_segments(len(sums)))
         method = dataclasses.replace(self, solver=self._fitting_solver(problem, max(map(len, split))))
         parts = [_Part(method, problem, numbers, sums[numbers], [states[n] for n in numbers]) for numbers in split]
@@ -233,11 +238,13 @@ class _MeanRows(CurvatureRows):
         """No: there is one for each checkpoint."""
         return False
 
-    def __iter__(self) -> Iterator[Gradients]:
+    def batches(self, skip: np.ndarray | None = None, shared: bool = False) -> Iterator[Gradients]:
+        """The rows of one checkpoint after the other."""
         method, problem = self.part.method, self.part.problem
         for (model, _), share, number in zip(problem.models(), self.part.shares, self.part.numbers, strict=True):
             modules, seed = method.modules_of(model), method.seed + int(number)
-            for gradients in CurvatureRows(model, problem.task, problem.train, method.curvature, modules, seed):
+            rows = CurvatureRows(model, problem.task, problem.train, method.curvature, modules, seed)
+            for gradients in rows.batches(skip, shared):
                 yield self._transformed(gradients, share)
 
     def probe(self) -> Gradients:
