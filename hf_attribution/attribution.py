@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import importlib
+import importlib.metadata
 import json
 import tempfile
 import time
@@ -12,6 +14,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import default_data_collator
 from transformers.utils import logging
 from typing_extensions import Unpack
@@ -305,6 +308,7 @@ def _problem(
     store_dtype: str = "float32",
 ) -> Iterator[tuple[Problem, dict[str, Any]]]:
     """The problem that a method is given, tried on two examples, and the subsets that its models were trained on."""
+    model = _whole(model)
     check_same_columns(train_dataset, query_dataset)
     collator = data_collator if data_collator is not None else default_data_collator
     splits: list[Split] = []
@@ -331,8 +335,43 @@ def _problem(
             progress=progress and is_main(),
             store_dtype=check_dtype(store_dtype),
         )
+        if count() > 1:
+            _refuse_differences(problem)
         _try_task(problem)
         yield problem, used_subsets
+
+
+def _refuse_differences(problem: Problem) -> None:
+    """Refuse processes that would compute parts of different scores."""
+    own = {
+        **{f"version of {name}": importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
+        "version of hf_attribution": importlib.import_module("hf_attribution").__version__,
+        "batch_size": problem.train.batch_size,
+        "number of rows": problem.shape,
+        **problem.fingerprints,
+    }
+    main, *others = gather(own)
+    for rank, other in enumerate(others, start=1):
+        different = [
+            f"{name} ({other[name]} there, {main[name]} in process 0)" for name in main if other[name] != main[name]
+        ]
+        if different:
+            raise ProcessError(
+                f"Process {rank} has another {', '.join(different)}: give all processes of a launch the same model, "
+                "data and packages (seed what is random before it is shuffled or initialised)."
+            )
+
+
+def _whole(model: nn.Module) -> nn.Module:
+    """The model under the wrapper of a distributed training; refused where no process has all of it."""
+    model = model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") or hasattr(parameter, "_is_flat_param"):
+            raise UnsupportedError(
+                f"{name} is sharded over processes (FSDP, DeepSpeed ZeRO or tensor parallelism), and per-example "
+                "gradients need all of it: save the model, and load it whole in each process."
+            )
+    return model
 
 
 def _try_task(problem: Problem) -> None:

@@ -84,6 +84,7 @@ def attribute_command(argv: Sequence[str]) -> None:
     model_args, data_args, args = _parse("attribute", options, argv)
     from hf_attribution.attribution import attribute
     from hf_attribution.methods import get_method
+    from hf_attribution.processes import state
     from hf_attribution.workspace import checkpoints_for, load_workspace
 
     method = _chosen(get_method, args)
@@ -100,8 +101,9 @@ def attribute_command(argv: Sequence[str]) -> None:
         batch_size=args.batch_size,
         cache_dir=args.cache_dir,
     )
-    scores.save(args.output_file)
-    _say(f"{scores!r}: {args.output_file}")
+    if state().is_main_process:  # of a launch; all have the same scores
+        scores.save(args.output_file)
+        _say(f"{scores!r}: {args.output_file}")
 
 
 def retrain_command(argv: Sequence[str]) -> None:

@@ -10,7 +10,6 @@ process group.
 """
 
 import contextlib
-import datetime
 import itertools
 import os
 import threading
@@ -21,6 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from transformers.utils import logging
 
@@ -172,8 +173,8 @@ class _Team:
     """The processes of a launch, for one piece of work."""
 
     def __init__(self, what: str) -> None:
-        state = _state()
-        self.what, self.size, self.rank, self.device = what, state.num_processes, state.process_index, state.device
+        own = state()
+        self.what, self.size, self.rank, self.device = what, own.num_processes, own.process_index, own.device
         self._prefix = f"hf_attribution {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} {next(_number)}"
         self._store, self._meetings = self._connect(), 0
         self._last_signs: dict[int, tuple[bytes, float]] = {}
@@ -194,20 +195,18 @@ class _Team:
         try:
             if self._store.add(key, 1) == self.size:
                 self._store.set(f"{key} is complete", "1")
-            while not self._complete(f"{key} is complete"):
-                self._look()
+            pause, looked = 1e-4, time.monotonic()
+            while not self._store.check([f"{key} is complete"]):
+                time.sleep(pause)
+                pause = min(1.5 * pause, 0.05)
+                if time.monotonic() - looked > LOOK:
+                    self._look()
+                    looked = time.monotonic()
             if self.rank == 0:  # all have left the one before
                 self._store.delete_key(f"meeting {self._meetings - 1}")
                 self._store.delete_key(f"meeting {self._meetings - 1} is complete")
         except RuntimeError as error:
             raise ProcessError(f"{self.what}: the connection to process 0 is lost ({error}). {_REMEDY}") from error
-
-    def _complete(self, key: str) -> bool:
-        try:
-            self._store.wait([key], datetime.timedelta(seconds=LOOK))
-        except dist.DistStoreError:
-            return False
-        return True
 
     def _look(self) -> None:
         """Whether all others live."""
@@ -320,7 +319,6 @@ def _launched() -> bool:
     return dist.is_available() and (dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1)
 
 
-def _state() -> Any:
-    from accelerate import PartialState
-
-    return PartialState()
+def state() -> PartialState:
+    """Accelerate's state of this process, as its `Accelerator` would make it: rank, device, process group."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))

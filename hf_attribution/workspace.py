@@ -29,6 +29,7 @@ from hf_attribution.blocks import text_blocks
 from hf_attribution.checkpoints import trainer_checkpoints
 from hf_attribution.methods import Method
 from hf_attribution.problem import Checkpoint
+from hf_attribution.processes import state
 from hf_attribution.splits import draw_rows, load_query, load_train
 from hf_attribution.tasks import Task, infer_task
 from hf_attribution.weights import quiet_transformers
@@ -72,7 +73,7 @@ class Workspace:
     task: Task
 
     def trained_model(self, checkpoints: Sequence[Any] | None = None) -> PreTrainedModel:
-        """The model to attribute with, on the GPU if there is one.
+        """The model to attribute with, on the GPU of this process if there is one.
 
         Args:
             checkpoints: Weights that will be loaded into it, in place of its own.
@@ -94,7 +95,7 @@ class Workspace:
                 "The model's head, or all of it, has new weights: there is nothing to attribute yet. Give the folder "
                 "of a trained model as --model_name_or_path, without --from_scratch, or --checkpoints."
             )
-        return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        return model.to(state().device)
 
 
 def load_workspace(model_args: ModelArguments, data_args: DataArguments) -> Workspace:

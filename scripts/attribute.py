@@ -13,6 +13,7 @@
 
 from typing import Any
 
+from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from hf_attribution import Scores, attribute
@@ -22,7 +23,7 @@ from hf_attribution.workspace import checkpoints_for, load_workspace
 
 
 def main(model_args: ModelArguments, data_args: DataArguments, attribute_args: AttributeArguments) -> Scores:
-    """Score every training example for every query, and write the scores."""
+    """Score every training example for every query, and write the scores. Or `accelerate launch scripts/...`."""
     method = get_method(attribute_args.method, **attribute_args.settings)
     checkpoints = checkpoints_for(method, attribute_args.checkpoints)
 
@@ -41,6 +42,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, attribute_args: A
         batch_size=attribute_args.batch_size,
         cache_dir=attribute_args.cache_dir,
     )
+    if not PartialState().is_main_process:  # of `accelerate launch`: the processes shared the work, and all have it
+        return scores
     scores.save(attribute_args.output_file)
 
     # What helped most, with the text or image of each example: a datasets.Dataset.

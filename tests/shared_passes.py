@@ -1,20 +1,26 @@
-"""Computes everything that passes over data, for `test_processes.py`: alone, or as one process of a launch.
+"""What `test_processes.py` runs in several processes: forks of one that has imported everything and computed nothing.
 
-    python shared_passes.py FOLDER
+python shared_passes.py worlds|failures|lives|jobs FOLDER
 """
 
+import json
 import os
+import random
+import signal
+import socket
 import sys
+import time
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", ACCELERATE_USE_CPU="1")
 
 import numpy as np
 import torch
 from test_methods import STATIC, PadTokens, rows
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_attribution import AttributionTrainer, Checkpoint, attribute, attribute_parts, self_influence
+from hf_attribution import Checkpoint, attribute, attribute_parts, processes, self_influence
+from hf_attribution.errors import ProcessError
 from hf_attribution.gradients import products
 from hf_attribution.methods import METHODS, get_method
 from hf_attribution.methods.base import Method
@@ -55,10 +61,13 @@ VARIANTS = {
 }  # fmt: skip
 
 
+PLAIN = {"data_collator": PadTokens(), "batch_size": 3, "progress": False}
+
+
 def every_score(folder):
     """Scores by what they are of."""
     model, train, query = make_model(), rows(17, 1), rows(5, 2)
-    plain = {"data_collator": PadTokens(), "batch_size": 3, "progress": False}
+    plain = PLAIN
     methods: dict[str, Method] = {name: get_method(name) for name in STATIC if name != "source"}
     methods["source"] = METHODS["source"](segments=1, optimizer="sgd", momentum=0.0)
     found = {}
@@ -87,8 +96,142 @@ def every_score(folder):
     return found
 
 
+def fork(function, *args, **environment):
+    """Run a function in a process of its own."""
+    child = os.fork()
+    if child:
+        return child
+    os.environ.update(environment)
+    code = 1
+    try:
+        function(*args)
+        code = 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(children):
+    """The exit codes of processes; of one that was killed, minus the signal."""
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def launch(size, function, *args):
+    """Run a function in the processes of a launch; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return ended([fork(function, *args, **world, RANK=str(n), LOCAL_RANK=str(n)) for n in range(size)])
+
+
+def save_scores(path):
+    np.savez(f"{path}-{os.environ.get('RANK', 0)}.npz", **every_score(path.parent / path.name))
+
+
+def worlds(folder):
+    """All scores, computed by one, two and three processes."""
+    assert ended([fork(save_scores, folder / "1")]) == [0]
+    assert launch(2, save_scores, folder / "2") == [0, 0]
+    assert launch(3, save_scores, folder / "3") == [0, 0, 0]
+
+
+class Failing(PadTokens):
+    """Fails at one of the rows."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def __call__(self, rows):
+        if len(rows) > 2 and any(row["input_ids"][0] == 49 for row in rows):
+            self.how()
+        return super().__call__(rows)
+
+
+def fail():
+    raise ZeroDivisionError("a bad row")
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def see_failures(folder):
+    """What each process learns of the failures of others."""
+    processes.HEARTBEAT, processes.LOOK, processes.SILENCE = 0.2, 0.2, 3.0
+    rank, seen = int(os.environ["RANK"]), {}
+    model, train, query = make_model(), rows(17, 1), rows(5, 2)
+    bad = [{**row, "input_ids": [49, *row["input_ids"][1:]]} if n == 0 else row for n, row in enumerate(train)]
+    bad = type(train).from_list(bad)  # its first row is in the second batch
+    trials = {
+        "other data": {"train_dataset": rows(17, rank)},
+        "other weights": {"model": make_model(rank)},
+        "a failure": {"train_dataset": bad, "data_collator": Failing(fail)},
+        "a death": {"train_dataset": bad, "data_collator": Failing(die)},
+    }
+    for name, changed in trials.items():
+        started = time.monotonic()
+        given = {"model": model, "train_dataset": train, "query_dataset": query, **PLAIN, **changed}
+        try:
+            attribute(**given, method=METHODS["trak"](dim=16))
+        except (ProcessError, ZeroDivisionError) as error:
+            seen[name] = [type(error).__name__, str(error), time.monotonic() - started]
+        Path(folder, f"{rank}.json").write_text(json.dumps(seen))
+
+
+def failures(folder):
+    assert sorted(launch(2, see_failures, folder)) == [-signal.SIGKILL, 0]
+
+
+class Mortal(PadTokens):
+    """Kills the process after so many rows."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.left = rows
+
+    def __call__(self, rows):
+        self.left -= len(rows)
+        if self.left < 0:
+            die()
+        return super().__call__(rows)
+
+
+def live(folder, lifetime):
+    """Features, factors and scores, in one life or in several."""
+    settings = {**PLAIN, "data_collator": Mortal(lifetime), "cache_dir": folder / "cache"}
+    model, train, query = make_model(), rows(40, 1), rows(5, 2)
+    found = {name: attribute(model, train, query, method=name, **settings).values for name in ("trak", "ekfac")}
+    np.savez(folder / f"{os.environ.get('RANK', 0)}.npz", **found)
+
+
+def lives(folder):
+    """The same results of processes that are killed at random points, as often as it takes."""
+    for size in (1, 2):
+        whole, parts = folder / f"{size}-whole", folder / f"{size}-parts"
+        whole.mkdir(), parts.mkdir()
+        assert launch(size, live, whole, 10**9) == [0] * size
+        random.seed(size)
+        deaths = 0
+        while any(launch(size, mortal, parts, random.randrange(20, 200 + 40 * deaths))):
+            deaths += 1
+        (parts / "deaths.txt").write_text(str(deaths))
+
+
+def mortal(folder, lifetime):
+    """A life in which the second process, or the only one, dies early."""
+    processes.HEARTBEAT, processes.LOOK, processes.SILENCE = 0.2, 0.2, 2.0
+    last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    live(folder, lifetime if last else 10**9)
+
+
+def jobs(folder):
+    """Two jobs that know nothing of each other, on one cache_dir."""
+    assert ended([fork(live, folder, 10**9, RANK=str(n), WORLD_SIZE="1") for n in range(2)]) == [0, 0]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    target = Path(sys.argv[1])
-    number = os.environ.get("RANK", "alone")
-    np.savez(target / f"{number}.npz", **every_score(target))
+    {"worlds": worlds, "failures": failures, "lives": lives, "jobs": jobs}[sys.argv[1]](Path(sys.argv[2]))
