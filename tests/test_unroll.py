@@ -17,7 +17,7 @@ from hf_attribution.attribution import attribute
 from hf_attribution.counterfactuals import Counterfactuals, Subsets
 from hf_attribution.errors import ArtefactError, MismatchError, UnsupportedError
 from hf_attribution.evaluation import evaluate_lds
-from hf_attribution.methods import SmoothedUnroll, Unroll
+from hf_attribution.methods import SmoothedUnroll, Unroll, smoothed_unroll
 from hf_attribution.numbered import ROW
 from hf_attribution.replay import recorder
 from hf_attribution.replay.diagnostics import random_removal
@@ -539,19 +539,21 @@ def count_trainings(folder):
 def test_smoothed_scores(tmp_path, masks):
     trainer = make_trainer(AttributionTrainer, tmp_path, model_settings={"hidden": 4})
     before = weights_of(trainer).clone()
-    two = trainer.attribute(method=SmoothedUnroll(runs=2, masks=masks))
-    four = trainer.attribute(method=SmoothedUnroll(runs=4, masks=masks))
+    two = trainer.attribute(method=SmoothedUnroll(runs=2, masks=masks, shrink=False))
+    four = trainer.attribute(method=SmoothedUnroll(runs=4, masks=masks, shrink=False))
     assert torch.equal(weights_of(trainer), before)
     assert count_trainings(tmp_path) == 4  # two of them are those of before
     assert not list(tmp_path.rglob("recording"))
     found = sorted(tmp_path.rglob("found/*.safetensors"))
     runs = np.stack([read_artefact(path, "derivatives of a run")[0]["values"] for path in found])
-    assert np.allclose(runs[:2].mean(0), two.values, atol=1e-6)
-    assert np.allclose(runs.mean(0), four.values, atol=1e-6)
+    steepness = np.linalg.norm(runs, axis=2).mean(1)[:, None, None]
+    for scores, some in ((two, slice(2)), (four, slice(4))):
+        scaled = runs[some] / steepness[some] / (1 / steepness[some]).mean()
+        assert np.allclose(scaled.mean(0), scores.values, atol=1e-6)
     assert not np.allclose(runs[0], runs[1], rtol=0.1)
     assert runs.any(axis=1).all()  # examples of weight 0 have derivatives, too
     choices = four.provenance["choices"]
-    error = (runs.std(0, ddof=1) / 2) ** 2
+    error = (scaled.std(0, ddof=1) / 2) ** 2
     assert choices["standard_error"] == pytest.approx(float(np.sqrt(error.mean())), rel=1e-3)
     assert len(four.provenance["used_subsets"]) == 4
     kept = Counterfactuals.load(choices["counterfactuals"])
@@ -583,6 +585,30 @@ def test_masks_alone_are_derivatives_of_the_fixed_training(tmp_path):
     for number, row in enumerate(np.flatnonzero(mask)[:3], 1):
         actual = (outputs[0] - outputs[number]).numpy()
         assert np.linalg.norm(actual - scores.values[:, row]) < 0.05 * np.linalg.norm(actual)
+
+
+def test_averages_are_shrunk_by_as_much_as_they_are_noisy():
+    generator = np.random.default_rng(0)
+    towards, truth = (generator.normal(size=(5, 4000)) for _ in range(2))
+    truth, variance = 0.7 * towards + truth, np.array([0.0, 0.5, 1.0, 4.0, 1e6])
+    mean = truth + np.sqrt(variance)[:, None] * generator.normal(size=truth.shape)
+    found, taken = smoothed_unroll._shrunk(mean, variance, 3 * towards)
+    assert np.allclose(found[0], truth[0])
+    distances = [((each - truth) ** 2).mean(1)[1:4] for each in (found, mean, 0.7 * towards)]
+    assert np.allclose(distances[0], variance[1:4] / (1 + variance[1:4]), rtol=0.1)  # the least that is possible
+    assert (distances[0] < np.minimum(*distances[1:])).all()
+    assert taken == pytest.approx(0.5, abs=0.05)
+
+
+def test_shrinkage_is_towards_influence_functions_of_the_same_runs(tmp_path):
+    trainer = make_trainer(AttributionTrainer, tmp_path, model_settings={"hidden": 4})
+    scores = trainer.attribute(method=SmoothedUnroll(runs=3))
+    plain = trainer.attribute(method=SmoothedUnroll(runs=3, shrink=False), recording=tmp_path / "plain")
+    run = read_artefact(sorted(tmp_path.rglob("retraining-*/found/*.safetensors"))[0], "derivatives of a run")[0]
+    assert run["influence"].shape == (7, 24)
+    assert 0 < scores.provenance["choices"]["shrinkage"] <= 1
+    assert not np.allclose(scores.values, plain.values, rtol=1e-2)
+    assert plain.provenance["choices"]["shrinkage"] is None
 
 
 def test_masked_runs_train_like_retrainings_on_their_subsets(tmp_path):

@@ -1,6 +1,7 @@
 """Unrolled differentiation averaged over trainings on random subsets: linear where it is evaluated."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,8 +11,9 @@ from transformers import Trainer
 from hf_attribution.artefacts import read_artefact, write_artefact
 from hf_attribution.errors import UnsupportedError
 from hf_attribution.methods.base import Method, Scored
+from hf_attribution.methods.influence import Influence
 from hf_attribution.methods.unroll import Unroll
-from hf_attribution.problem import Problem
+from hf_attribution.problem import Checkpoint, Problem
 from hf_attribution.replay.run import RecordedRun
 from hf_attribution.replay.sweep import Differentiable
 from hf_attribution.retraining import FollowUp
@@ -28,7 +30,11 @@ class SmoothedUnroll(Method):
 
     A derivative at the full training says little of random halves, since training is not linear that far. The mean of
     derivatives at random subsets is, by Stein's lemma, (for Gaussian weights) the best linear predictor over them.
-    Examples outside a subset keep their place in the batches with weight 0, and have derivatives like all others.
+    Examples outside a subset are in the batches with weight 0, and have derivatives like all others.
+
+    The mean weighs a run by the inverse of its derivatives' length: the steeper a run, the noisier it is. With
+    `shrink`, the mean is drawn towards the influence function at the runs' final models, query by query, and the more
+    so the more of what sets them apart is noise between runs (empirical Bayes, after James & Stein 1961).
 
     Every run is recorded, swept back through for all queries, and written down, like the retrainings of
     `trainer.retrain`: an interrupted call goes on where it stopped, more `runs` add to those that are there, and
@@ -44,6 +50,8 @@ class SmoothedUnroll(Method):
             before (fraction ½); `"stratified"`: with the same fraction of every class.
         last: The share of the steps that is gone back through, as for `Unroll`.
         curvature: `"exact"` or `"gauss_newton"`, as for `Unroll`.
+        shrink: Whether to draw the mean of two or more runs towards the influence function; that costs about half a
+            training a run.
         seed: Of the subsets and the runs.
     """
 
@@ -53,6 +61,7 @@ class SmoothedUnroll(Method):
     masks: str = "random"
     last: float = 1.0
     curvature: str = "exact"
+    shrink: bool = True
     seed: int = 0
 
     name: ClassVar[str] = "smoothed_unroll"
@@ -94,11 +103,17 @@ class SmoothedUnroll(Method):
         def sweep(trainer: Trainer, recording: Path, found: Path) -> None:
             run = RecordedRun.open(recording, trainer)
             prepared = Differentiable.prepare(run, problem.task, self.curvature)
-            of_run = dataclasses.replace(problem, model=run.final_model(), run=run, progress=False)
+            model = run.final_model()
+            of_run = dataclasses.replace(
+                problem, model=model, checkpoints=[Checkpoint(model)], run=run, progress=False
+            )
             values, choices = self._unroll.differentiate(of_run, prepared)
-            write_artefact(found, _KIND, {"values": values.numpy()}, choices)
+            arrays = {"values": values.numpy()}
+            if self.shrink:
+                arrays["influence"] = Influence().score(of_run).values
+            write_artefact(found, _KIND, arrays, choices)
 
-        settings = {"method": self.name, "last": self.last, "curvature": self.curvature}
+        settings = {"method": self.name, "last": self.last, "curvature": self.curvature, "shrink": self.shrink}
         _, files = problem.train_masked(
             subsets=subsets,
             protocol=VARY[self.vary],
@@ -106,7 +121,7 @@ class SmoothedUnroll(Method):
             seed=self.seed if self.vary == "masks" else derive_seed(self.seed, self.name),
             follow_up=FollowUp(sweep, settings),
         )
-        values, choices = _averaged(files)
+        values, choices = _averaged(files, self.shrink)
         return Scored(
             values,
             {**choices, "counterfactuals": str(files[0].parents[1] / "counterfactuals.safetensors")},
@@ -132,19 +147,49 @@ class SmoothedUnroll(Method):
         return Subsets.random(size, self.runs, self.fraction, seed)
 
 
-def _averaged(files: list[Path]) -> tuple[np.ndarray, dict[str, Any]]:
+def _averaged(files: list[Path], shrink: bool) -> tuple[np.ndarray, dict[str, Any]]:
     """The mean over runs, and how reliable it is: the share of its variance over examples that is not noise."""
-    total: Any = 0.0
-    squares: Any = 0.0
-    for file in files:
-        values = read_artefact(file, _KIND)[0]["values"].astype(np.float64)
-        total, squares = total + values, squares + values**2
-    mean = total / len(files)
-    choices: dict[str, Any] = {"runs": len(files), "standard_error": None, "reliability": None}
-    if len(files) > 1:
-        error = np.maximum(squares / len(files) - mean**2, 0) / (len(files) - 1)
+    runs = len(files)
+    lengths = [float(np.linalg.norm(_read(file, "values"), axis=1).mean()) or 1.0 for file in files]
+    scales = runs / sum(1 / length for length in lengths) / np.array(lengths)
+    mean, noise = _mean_and_noise(scale * _read(file, "values") for file, scale in zip(files, scales, strict=True))
+    choices: dict[str, Any] = {"runs": runs, "standard_error": None, "reliability": None, "shrinkage": None}
+    if runs > 1:
         signal = mean.var(axis=1)
-        choices["standard_error"] = float(np.sqrt(error.mean()))
+        choices["standard_error"] = float(np.sqrt(noise.mean()))
         if signal.all():
-            choices["reliability"] = float(np.median(1 - error.mean(axis=1) / signal))
+            choices["reliability"] = float(np.median(1 - noise / signal))
+    if runs > 1 and shrink:
+        towards, _ = _mean_and_noise(_read(file, "influence") for file in files)
+        mean, choices["shrinkage"] = _shrunk(mean, noise, towards)
     return mean.astype(np.float32), choices
+
+
+def _read(file: Path, name: str) -> np.ndarray:
+    return read_artefact(file, _KIND)[0][name].astype(np.float64)
+
+
+def _mean_and_noise(runs: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of runs `[Q, N]`, and for each query its squared standard error, the mean over examples `[Q]`."""
+    total, squares, count = 0.0, 0.0, 0
+    for values in runs:
+        total, squares, count = total + values, squares + values**2, count + 1
+    mean = np.asarray(total) / count
+    return mean, np.maximum(squares / count - mean**2, 0).mean(axis=1) / max(count - 1, 1)
+
+
+def _shrunk(mean: np.ndarray, noise: np.ndarray, towards: np.ndarray) -> tuple[np.ndarray, float]:
+    """Shrink the rows of a noisy mean towards multiples of other rows.
+
+    Args:
+        mean: `[Q, N]`.
+        noise: The variance of its noise, `[Q]`.
+        towards: What it is shrunk towards, in units of its own, `[Q, N]`.
+
+    Returns:
+        The shrunk rows, and the share of the difference that was taken away: the median over queries.
+    """
+    target = towards * ((mean * towards).sum(1) / np.maximum((towards**2).sum(1), 1e-300))[:, None]
+    apart = ((mean - target) ** 2).mean(axis=1)
+    kept = np.maximum(apart - noise, 0) / np.maximum(apart, 1e-300)
+    return target + kept[:, None] * (mean - target), float(np.median(1 - kept))
