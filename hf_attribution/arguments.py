@@ -108,6 +108,10 @@ class EstimateArguments:
     counterfactuals: str = field(metadata={"help": "File of retrainings, written by `hf-attribution retrain`."})
     method: str = option("Estimator: datamodel, subsampled_influence, banzhaf, ame, shapley or loo.", "datamodel")
     method_settings: str | None = option("""Its settings as JSON: '{"penalty": "ridge"}'.""")
+    group_column: str | None = option(
+        "Column of --dataset_name whose classes or sources get effects of their own in a datamodel."
+    )
+    previous: str | None = option("File of scores of fewer of these subsets, which the fit then starts from.")
     output_file: str = option("Where the scores are written.", "scores.safetensors")
 
     def __post_init__(self) -> None:
@@ -120,7 +124,8 @@ class EstimateArguments:
         Returns:
             Settings by name.
         """
-        return _settings(self.method_settings)
+        groups = {} if self.group_column is None else {"group_column": self.group_column}
+        return {**_settings(self.method_settings), **groups}
 
 
 @dataclass

@@ -140,12 +140,17 @@ def retrain_command(argv: Sequence[str]) -> None:
 
 def estimate_command(argv: Sequence[str]) -> None:
     """Estimate scores from the outputs of retrained models: datamodels and their relatives."""
-    (args,) = _parse("estimate", (EstimateArguments,), argv)
+    args, data_args = _parse("estimate", (EstimateArguments, DataArguments), argv)
     from hf_attribution.counterfactuals import Counterfactuals
     from hf_attribution.estimation import estimate, get_estimator
+    from hf_attribution.scores import Scores
 
     estimator = _chosen(get_estimator, args)
-    scores = estimate(Counterfactuals.load(args.counterfactuals), estimator)
+    if args.group_column is not None and data_args.dataset_name is None:
+        raise ValueError(f"--group_column {args.group_column} is a column of the training data: name --dataset_name.")
+    truth = Counterfactuals.load(args.counterfactuals)
+    previous = Scores.load(args.previous) if args.previous is not None else None
+    scores = estimate(truth, estimator, train_dataset=_train_if_named(data_args), previous=previous)
     scores.save(args.output_file)
     _say(f"{scores!r}: {args.output_file}")
 
@@ -159,11 +164,7 @@ def evaluate_command(argv: Sequence[str]) -> None:
 
     truth = Counterfactuals.load(args.counterfactuals)
     scores = {path: Scores.load(path) for path in args.scores}
-    train = None
-    if data_args.dataset_name is not None:
-        from hf_attribution.splits import load_train
-
-        train = load_train(data_args)
+    train = _train_if_named(data_args)
     group_column = args.group_column or data_args.label_column_name
     reports = {
         path: evaluate_lds(each, truth, train, group_column, confidence_level=args.confidence_level)
@@ -340,6 +341,15 @@ def _shown(args: DataArguments, columns: list[str] | None) -> dict[str, Any]:
     if columns:
         shown = {name: dataset.select_columns(columns) for name, dataset in shown.items()}
     return shown
+
+
+def _train_if_named(data_args: DataArguments) -> Any:
+    """The training data, if there is a dataset."""
+    if data_args.dataset_name is None:
+        return None
+    from hf_attribution.splits import load_train
+
+    return load_train(data_args)
 
 
 def _nearest(word: str, words: Any) -> str:

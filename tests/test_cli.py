@@ -215,6 +215,30 @@ def test_estimate_is_the_library_s_estimate(judged, capsys):
     assert "no setting 'alpha'" in error(capsys, "estimate", *options, "--method_settings", '{"alpha": 1}')
 
 
+def test_estimate_takes_groups_of_a_dataset_and_goes_on_from_scores(judged, cases, capsys):
+    folder, truth, _, _ = judged
+    few, many, file = folder / "few.safetensors", folder / "many.safetensors", folder / "estimated.safetensors"
+    truth.select(range(12)).save(few)
+    truth.select(range(16)).save(many)
+    groups = ["--group_column", "label", *cases["text"][2:]]
+    run("estimate", "--counterfactuals", few, "--output_file", file, *groups)
+    first = estimate(truth.select(range(12)), group_column="label", train_dataset=folders.reviews(12))
+    np.testing.assert_array_equal(Scores.load(file).values, first.values)
+    run(
+        "estimate",
+        "--counterfactuals",
+        many,
+        "--previous",
+        file,
+        "--output_file",
+        folder / "more.safetensors",
+        *groups,
+    )
+    more = estimate(truth.select(range(16)), group_column="label", train_dataset=folders.reviews(12), previous=first)
+    np.testing.assert_array_equal(Scores.load(folder / "more.safetensors").values, more.values)
+    assert "name --dataset_name" in error(capsys, "estimate", "--counterfactuals", few, "--group_column", "label")
+
+
 def test_evaluate_compares_methods_with_their_cost(judged, capsys):
     folder = judged[0]
     files = [folder / "noise.safetensors", folder / "known.safetensors"]

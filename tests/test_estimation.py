@@ -1,5 +1,6 @@
 """Estimators against simulated truths, closed forms, brute force and reference libraries."""
 
+import dataclasses
 import itertools
 import math
 
@@ -467,3 +468,35 @@ def test_the_lds_grows_with_the_number_of_retrained_models(tmp_path):
     ]
     assert lds == sorted(lds)
     assert lds[-1] > lds[0] + 0.1
+
+
+@pytest.mark.parametrize("queries", [3, 12], ids=["one by one", "together"])
+@pytest.mark.parametrize("penalty", ["lasso", "elastic_net"])
+def test_a_fit_goes_on_where_it_was_with_more_subsets(queries, penalty):
+    rng = np.random.default_rng(0)
+    subsets = Subsets.random(num_examples=30, num_subsets=160, fraction=0.5)
+    truth = rng.normal(size=(queries, 30)) * (rng.random((queries, 30)) < 0.3)
+    outputs = subsets.masks @ truth.T + rng.normal(size=(160, queries))
+    both = Counterfactuals(subsets, outputs[:, None])
+    first = estimate(both.select(range(120)), penalty=penalty)
+    cold = estimate(both, penalty=penalty)
+    warm = estimate(both, penalty=penalty, previous=first)
+    np.testing.assert_allclose(warm.values, cold.values, atol=1e-5 * np.abs(cold.values).max())
+    assert warm.provenance["choices"]["penalties"] == cold.provenance["choices"]["penalties"]
+    # From penalties that are past the best one the whole path is followed again.
+    weak = [penalty_ / 3 for penalty_ in cold.provenance["choices"]["penalties"]]
+    far = dataclasses.replace(first, provenance={**first.provenance, "choices": {"penalties": weak}})
+    found = estimate(both, penalty=penalty, previous=far)
+    np.testing.assert_allclose(found.values, cold.values, atol=1e-5 * np.abs(cold.values).max())
+
+
+def test_previous_scores_of_something_else_are_refused():
+    subsets = Subsets.random(num_examples=20, num_subsets=40)
+    whole = Counterfactuals(subsets, np.random.default_rng(0).normal(size=(40, 1, 3)))
+    first = estimate(whole.select(range(30)))
+    with pytest.raises(MismatchError, match=r"of datamodel with .*elastic_net.*without previous"):
+        estimate(whole, penalty="elastic_net", previous=first)
+    with pytest.raises(MismatchError, match=r"\(3, 20\) there, \(2, 20\) now"):
+        estimate(Counterfactuals(subsets, whole.outputs[:, :, :2]), previous=first)
+    with pytest.raises(MismatchError, match="subsets of the previous scores are not among these 30"):
+        estimate(whole.select(range(10, 40)), previous=first)

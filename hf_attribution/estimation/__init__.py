@@ -56,12 +56,13 @@ def estimate(
     method: str | Estimator = "datamodel",
     held_out: Counterfactuals | None = None,
     train_dataset: datasets.Dataset | None = None,
+    previous: Scores | None = None,
     **settings: Any,
 ) -> Scores:
     """Estimate scores from the outputs of retrained models.
 
-    To go on with more subsets, join them and estimate again: `Counterfactuals.concatenate([first, more])`. A fit takes
-    seconds.
+    To go on with more subsets, join them, `Counterfactuals.concatenate([first, more])`, and estimate again with the
+    scores so far as `previous`: the same scores, in less time.
 
     Args:
         counterfactuals: Outputs after training on M subsets.
@@ -69,6 +70,8 @@ def estimate(
         held_out: The outputs that the scores will be judged by, to hear now if they share a subset. (Without it,
             `evaluate_lds` refuses later.)
         train_dataset: The N training examples, where the estimator asks for a column: `group_column="label"`.
+        previous: Scores that the same estimator made of some of these subsets. The LASSO and the elastic net start
+            from them; the others, in closed form, have nothing to start.
         **settings: Fields of the estimator.
 
     Returns:
@@ -76,7 +79,8 @@ def estimate(
         the keys of the subsets.
 
     Raises:
-        MismatchError: A subset is also held out.
+        MismatchError: A subset is also held out; or `previous` are of another estimator, or of other subsets, examples
+            or queries.
 
     Example:
         >>> subsets = Subsets.random(num_examples=20, num_subsets=200)
@@ -97,8 +101,10 @@ def estimate(
                 f"{len(shared)} of the {len(keys)} subsets to fit are also held out: split them first, "
                 "counterfactuals.select(rows)."
             )
+    if previous is not None:
+        _check_previous(previous, estimator, counterfactuals)
     started = time.perf_counter()
-    values, choices = estimator.estimate(counterfactuals, Context(train_dataset))
+    values, choices = estimator.estimate(counterfactuals, Context(train_dataset, previous))
     seconds = time.perf_counter() - started
     provenance, protocol = counterfactuals.provenance, counterfactuals.protocol
     known = {"fingerprints": provenance.get("fingerprints"), "measurement": protocol.get("measurement")}
@@ -115,6 +121,28 @@ def estimate(
             "fit_seconds": seconds,
         },
     )
+
+
+def _check_previous(previous: Scores, estimator: Estimator, counterfactuals: Counterfactuals) -> None:
+    """Refuse scores that are of something else."""
+    if (previous.method, previous.settings) != (estimator.name, estimator.settings):
+        raise MismatchError(
+            f"The previous scores are of {previous.method} with {previous.settings}, and these of {estimator.name} "
+            f"with {estimator.settings}: estimate without previous=."
+        )
+    shape = (counterfactuals.outputs.shape[2], counterfactuals.subsets.num_examples)
+    fingerprints = counterfactuals.provenance.get("fingerprints"), previous.provenance.get("fingerprints")
+    if previous.values.shape != shape or fingerprints[0] != fingerprints[1]:
+        raise MismatchError(
+            f"The previous scores are of other queries, examples or a different model ({previous.values.shape} there, "
+            f"{shape} now): estimate without previous=."
+        )
+    absent = set(previous.provenance.get("used_subsets", ())) - set(counterfactuals.subsets.keys())
+    if absent:
+        raise MismatchError(
+            f"{len(absent)} subsets of the previous scores are not among these {len(counterfactuals.subsets)}: join "
+            "all, Counterfactuals.concatenate([first, more])."
+        )
 
 
 __all__ = [

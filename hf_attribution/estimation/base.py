@@ -9,6 +9,7 @@ import numpy as np
 from transformers.utils import logging
 
 from hf_attribution.counterfactuals import Counterfactuals
+from hf_attribution.scores import Scores
 from hf_attribution.subsets import Subsets
 
 if TYPE_CHECKING:
@@ -29,9 +30,11 @@ class Context(NamedTuple):
 
     Args:
         train_dataset: The N training examples.
+        previous: Scores that the same estimator made of fewer subsets.
     """
 
     train_dataset: datasets.Dataset | None = None
+    previous: Scores | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,10 @@ from hf_attribution.estimation.base import (
     note_constant,
 )
 from hf_attribution.estimation.groups import GroupCounts
-from hf_attribution.estimation.lasso import fit_lasso
+from hf_attribution.estimation.lasso import Start, fit_lasso
 from hf_attribution.estimation.ridge import fit_ridge
 from hf_attribution.evaluation import read_groups
+from hf_attribution.scores import Scores
 
 PENALTIES = ("lasso", "elastic_net", "ridge")
 
@@ -71,7 +72,7 @@ class Datamodel(Estimator):
 
         Args:
             counterfactuals: Outputs of models retrained on M subsets of any kind.
-            context: Has the training examples, for their groups.
+            context: Has the training examples, for their groups, and perhaps scores of fewer subsets, to start from.
 
         Returns:
             Values `[Q, N]`; in the choices the `penalties` chosen, `subsets_per_example`, and, where there are any,
@@ -79,22 +80,31 @@ class Datamodel(Estimator):
         """
         check_memberships(counterfactuals.subsets, self.name)
         masks, outputs = counterfactuals.subsets.masks, counterfactuals.mean()
+        previous = context.previous
         if self.group_column is None:
-            return self.regress(masks, outputs)
+            return self.regress(masks, outputs, start=_start(previous, previous.values) if previous else None)
         groups = read_groups(context.train_dataset, self.group_column, masks.shape[1])
         counts = GroupCounts.of(counterfactuals.subsets, groups)
         # Residuals of all subsets go into the folds: the little that they know of each other is the same for each
         # penalty. The ridge takes it into account.
-        own, choices = self.regress(counts.residuals(masks), counts.residuals(outputs.T).T, counts.leverage)
+        start = _start(previous, counts.own_part(previous.values)) if previous else None
+        own, choices = self.regress(counts.residuals(masks), counts.residuals(outputs.T).T, counts.leverage, start)
         return Estimated(own + counts.effects(outputs.T - masks @ own.T), choices)
 
-    def regress(self, design: np.ndarray, outputs: np.ndarray, leverage: np.ndarray | None = None) -> Estimated:
+    def regress(
+        self,
+        design: np.ndarray,
+        outputs: np.ndarray,
+        leverage: np.ndarray | None = None,
+        start: Start | None = None,
+    ) -> Estimated:
         """Fit one regression a query on any design.
 
         Args:
             design: `[M, N]`, a row a subset: its mask, or weights in its place.
             outputs: `[Q, M]`.
             leverage: `[M]`, of covariates that were regressed out of both; by default of an intercept.
+            start: An earlier fit to start from; the ridge, in closed form, needs none.
 
         Returns:
             As `estimate`.
@@ -123,7 +133,8 @@ class Datamodel(Estimator):
                 values[~constant], penalties[~constant] = ridge.coefficients, ridge.penalties
             else:
                 ratio = 1.0 if self.penalty == "lasso" else self.l1_ratio
-                lasso = fit_lasso(design, outputs[~constant], ratio, self.folds, self.num_penalties)
+                known = Start(*(each[~constant] for each in start)) if start else None
+                lasso = fit_lasso(design, outputs[~constant], ratio, self.folds, self.num_penalties, start=known)
                 values[~constant], penalties[~constant] = lasso.coefficients, lasso.penalties
         choices: dict[str, Any] = {
             "penalties": [float(penalty) if np.isfinite(penalty) else None for penalty in penalties],
@@ -137,3 +148,9 @@ class Datamodel(Estimator):
             )
             choices["zero_queries"] = zero
         return Estimated(values, note_constant(choices, constant, self.name))
+
+
+def _start(previous: Scores, own: np.ndarray) -> Start:
+    """An earlier fit from its scores, and what of them its examples have of their own."""
+    penalties = previous.provenance["choices"]["penalties"]
+    return Start(own.astype(np.float64), np.array([np.inf if each is None else each for each in penalties]))

@@ -75,6 +75,13 @@ class GroupCounts:
         left[:, np.abs(left).max(0) <= 1e-12 * np.abs(columns).max(0)] = 0
         return left
 
+    def own_part(self, scores: np.ndarray) -> np.ndarray:
+        """Scores `[Q, N]` less their groups' medians: about what a sparse fit beside the groups gave each example."""
+        own = np.array(scores, dtype=np.float64)
+        for group in np.unique(self.members):
+            own[:, self.members == group] -= np.median(own[:, self.members == group], axis=1, keepdims=True)
+        return own
+
     def effects(self, outputs: np.ndarray) -> np.ndarray:
         """Regress outputs on the counts.
 

@@ -8,8 +8,10 @@ coordinate descent is the faster one, and is used.
 """
 
 import dataclasses
+import functools
 import math
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +33,22 @@ MANY_QUERIES, ROWS_PER_COLUMN = 8, 0.15
 # A path ends where its cross-validated error is above its minimum by this share of the error of predicting the mean:
 # what follows are weaker and weaker penalties, which only fit more noise and take longest.
 PAST_MINIMUM = 0.05
+
+
+# From a fit to fewer rows, the penalties' errors are followed from so many steps of the grid before its penalty on.
+STEPS_BEFORE = 10
+
+
+class Start(NamedTuple):
+    """A fit of the same queries to other rows of the same columns, to start from.
+
+    Args:
+        coefficients: `[Q, N]`.
+        penalties: `[Q]`, infinite where there is none.
+    """
+
+    coefficients: np.ndarray
+    penalties: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +73,7 @@ def fit_lasso(
     num_folds: int = 5,
     num_penalties: int = 100,
     smallest: float | None = None,
+    start: Start | None = None,
 ) -> LassoFit:
     """Fit `|y - b - X w|² / 2M + α (ρ |w|₁ + (1 - ρ) |w|² / 2)` for each query, α by cross-validation, b free.
 
@@ -71,6 +90,9 @@ def fit_lasso(
         num_penalties: Penalties in the grid, evenly in their logarithm.
         smallest: The weakest penalty, as a share of the weakest that makes all coefficients zero. By default .001, or
             .01 where there are fewer rows than columns (as in glmnet): weaker ones reproduce any outputs.
+        start: An earlier fit. Errors are then followed from a little before its penalties on, and from the strongest
+            penalty where the best one is none of those: what is found is the same up to the paths' tolerance,
+            unless an error has several minima along the penalties.
 
     Returns:
         The fits.
@@ -92,14 +114,23 @@ def fit_lasso(
     if smallest is None:
         smallest = 1e-3 if num_rows >= num_columns else 1e-2
     shares = np.logspace(0, math.log10(smallest), num_penalties)
+    if start is None:
+        start = Start(np.zeros((len(outputs), num_columns)), np.full(len(outputs), np.inf))
     one_by_one = len(outputs) < MANY_QUERIES or num_rows < ROWS_PER_COLUMN * num_columns
     fit = _fit_one_by_one if one_by_one else _fit_together
-    found = fit(np.asarray(design), targets, l1_ratio, num_folds, shares)
+    start = start._replace(coefficients=start.coefficients / scale[:, None])
+    found = fit(np.asarray(design), targets, l1_ratio, num_folds, shares, start)
     return dataclasses.replace(found, coefficients=found.coefficients * scale[:, None])
 
 
+def _first_steps(start: Start, strongest: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Where in the grid to begin, int64 `[Q]`."""
+    passed = (start.penalties[:, None] <= 1.001 * strongest[:, None] * shares).sum(1)  # single precision may differ
+    return (passed - 1 - STEPS_BEFORE).clip(min=0)
+
+
 def _fit_together(
-    design: np.ndarray, targets: np.ndarray, ratio: float, num_folds: int, shares: np.ndarray
+    design: np.ndarray, targets: np.ndarray, ratio: float, num_folds: int, shares: np.ndarray, start: Start
 ) -> LassoFit:
     rows = torch.from_numpy(np.asarray(design, dtype=np.float32))
     strengths = torch.from_numpy(shares)
@@ -108,13 +139,22 @@ def _fit_together(
     problems = [LeastSquares.of(rows, folds != fold) for fold in range(num_folds)]
     whole = LeastSquares.of(rows.double(), torch.ones(len(rows), dtype=torch.bool))
     coefficients, penalties, indices = [], [], []
-    for block in torch.from_numpy(targets).split(QUERY_BLOCK, dim=1):
+    for where in torch.arange(targets.shape[1]).split(QUERY_BLOCK):
+        block, known = torch.from_numpy(targets[:, where]), Start(*(each[where] for each in start))
         strongest = whole.linear(block).abs().amax(0) / ratio
-        errors = _path_errors(problems, rows, block.float(), strongest.float(), strengths.float(), ratio)
+        first = torch.from_numpy(_first_steps(known, strongest.numpy(), shares))
+        begun = torch.from_numpy(known.coefficients.T.copy())
+        paths = functools.partial(_path_errors, problems, rows, ratio=ratio, shares=strengths.float())
+        errors = paths(block.float(), strongest.float(), first=first, start=begun.float())
+        again = ((errors.argmin(0) == first) & (first > 0)).nonzero()[:, 0]
+        if len(again):
+            nothing = torch.zeros(rows.shape[1], len(again))
+            errors[:, again] = paths(
+                block[:, again].float(), strongest[again].float(), first=torch.zeros_like(again), start=nothing
+            )
         chosen = errors.argmin(0)
         penalty = strongest * strengths[chosen]
-        start = torch.zeros(rows.shape[1], block.shape[1], dtype=torch.float64)
-        found, _, converged = whole.minimize(block, penalty, ratio, start, FINAL_TOLERANCE, MAX_ITERATIONS)
+        found, _, converged = whole.minimize(block, penalty, ratio, begun, FINAL_TOLERANCE, MAX_ITERATIONS)
         if not converged:
             raise _not_converged()
         coefficients.append(found)
@@ -126,10 +166,20 @@ def _fit_together(
 
 
 def _fit_one_by_one(
-    design: np.ndarray, targets: np.ndarray, ratio: float, num_folds: int, shares: np.ndarray
+    design: np.ndarray, targets: np.ndarray, ratio: float, num_folds: int, shares: np.ndarray, start: Start
 ) -> LassoFit:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import enet_path
+
+    def path_errors(target: np.ndarray, grid: np.ndarray, begun: np.ndarray) -> np.ndarray:
+        errors = np.zeros(len(grid))
+        for (kept, held), (centered, mean, products) in zip(splits, problems, strict=True):
+            path = enet_path(
+                centered, target[kept] - target[kept].mean(), l1_ratio=ratio, alphas=grid, precompute=products,
+                tol=PATH_TOLERANCE, max_iter=PATH_ITERATIONS, coef_init=begun.copy(),
+            )[1]  # fmt: skip
+            errors += np.square(target[held, None] - target[kept].mean() - (rows[held] - mean) @ path).sum(0)
+        return errors
 
     rows = np.asfortranarray(design, dtype=np.float64)
     numbers = np.arange(len(rows))
@@ -137,23 +187,21 @@ def _fit_one_by_one(
     problems = [_centered(rows[kept]) for kept, _ in splits]
     whole, _, gram = _centered(rows)
     strongest = np.abs(whole.T @ targets).max(0) / len(rows) / ratio
+    first = _first_steps(start, strongest, shares)
     coefficients, indices = np.empty((targets.shape[1], rows.shape[1])), np.empty(targets.shape[1], dtype=np.int64)
     with warnings.catch_warnings():
         # Paths may stop short of their tolerance, and the final fit is checked below.
         warnings.simplefilter("ignore", ConvergenceWarning)
         for query, target in enumerate(targets.T):
-            errors = np.zeros(len(shares))
-            for (kept, held), (centered, mean, products) in zip(splits, problems, strict=True):
-                own, grid = target[kept] - target[kept].mean(), strongest[query] * shares
-                path = enet_path(
-                    centered, own, l1_ratio=ratio, alphas=grid, precompute=products, tol=PATH_TOLERANCE,
-                    max_iter=PATH_ITERATIONS,
-                )[1]  # fmt: skip
-                errors += np.square(target[held, None] - target[kept].mean() - (rows[held] - mean) @ path).sum(0)
-            indices[query] = errors.argmin()
+            grid, begun = strongest[query] * shares, start.coefficients[query]
+            near = slice(first[query], first[query] + 2 * STEPS_BEFORE + 1) if first[query] else slice(None)
+            errors = path_errors(target, grid[near], begun)
+            if first[query] and errors.argmin() in (0, len(errors) - 1):
+                near, errors = slice(None), path_errors(target, grid, np.zeros_like(begun))
+            indices[query] = (near.start or 0) + errors.argmin()
             _, found, gaps = enet_path(
-                whole, target, l1_ratio=ratio, alphas=strongest[query] * shares[errors.argmin()][None],
-                precompute=gram, tol=FINAL_TOLERANCE, max_iter=MAX_ITERATIONS,
+                whole, target, l1_ratio=ratio, alphas=grid[indices[query]][None], precompute=gram,
+                tol=FINAL_TOLERANCE, max_iter=MAX_ITERATIONS, coef_init=begun.copy(),
             )  # fmt: skip
             if gaps[0] > FINAL_TOLERANCE * len(rows):
                 raise _not_converged()
@@ -176,25 +224,35 @@ def _not_converged() -> ConvergenceError:
 
 
 def _path_errors(
-    problems: list["LeastSquares"], rows: Tensor, targets: Tensor, strongest: Tensor, shares: Tensor, ratio: float
+    problems: list["LeastSquares"],
+    rows: Tensor,
+    targets: Tensor,
+    strongest: Tensor,
+    first: Tensor,
+    start: Tensor,
+    shares: Tensor,
+    ratio: float,
 ) -> Tensor:
-    """Cross-validated mean squared errors `[K, Q]`; infinite where the path was not followed."""
+    """Cross-validated mean squared errors `[K, Q]`, from steps `[Q]` on; infinite where the path was not followed."""
     errors = torch.full((len(shares), targets.shape[1]), torch.inf)
     going = torch.arange(targets.shape[1])
-    states = [torch.zeros(rows.shape[1], len(going)) for _ in problems]
-    for step, share in enumerate(shares):
+    states = [start.clone() for _ in problems]
+    for _ in range(len(shares)):
+        step = first[going]
         error = torch.zeros(len(going))
         for number, problem in enumerate(problems):
             own = targets[:, going]
             states[number], center, _ = problem.minimize(
-                own, strongest[going] * share, ratio, states[number], PATH_TOLERANCE, PATH_ITERATIONS
+                own, strongest[going] * shares[step], ratio, states[number], PATH_TOLERANCE, PATH_ITERATIONS
             )
             held = ~problem.kept
             # Single folds count by their size: an error is the mean over all subsets.
             error += (own[held] - rows[held] @ states[number] - center).square().sum(0)
         errors[step, going] = error / len(rows)
         on = errors[step, going] <= errors[:, going].amin(0) + PAST_MINIMUM
+        on &= step + 1 < len(shares)
         if not on.any():
             break
+        first = first + 1
         going, states = going[on], [state[:, on] for state in states]
     return errors
