@@ -108,5 +108,15 @@ class RandomState(NamedTuple):
         return cls(*np.split(packed[8 * len(cls._fields) :], np.cumsum(sizes)[:-1]))
 
 
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Whatever is drawn in the block, afterwards the generators are where they were."""
+    state = RandomState.now()
+    try:
+        yield
+    finally:
+        state.restore()
+
+
 def _bytes(*arrays: np.ndarray) -> np.ndarray:
     return np.concatenate([array.view(np.uint8) for array in arrays])

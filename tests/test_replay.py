@@ -316,23 +316,25 @@ def test_scores_are_the_derivative_of_real_trainings(tmp_path, optimizer, argume
     )
 
 
-@pytest.mark.parametrize("optimizer", [NESTEROV, ADAMW], ids=["sgd", "adamw"])
-@pytest.mark.parametrize(
-    ("family", "h", "tolerance"),
-    [
-        ("gpt2", 1e-4, 1e-5),
-        ("vit", 1e-4, 1e-5),
-        ("convnext", 1e-4, 1e-5),
-    ],
-)
-def test_models_are_differentiated_through_real_trainings(tmp_path, family, h, tolerance, optimizer):
+def check_family_against_real_trainings(folder, family, optimizer, tolerance, **given):
     batch = {k: v.double() if v.is_floating_point() else v for k, v in make(family)[1].items()}
     check_against_real_trainings(
-        tmp_path, lambda: make(family)[0].double(), batch, 5, tolerance, h=h,
-        **{**optimizer, "learning_rate": 0.01}, **CLIPPED,
-        data=Dataset.from_dict({"row": [0, 1, 2, 1, 0]}), per_device_train_batch_size=2, remove_unused_columns=False,
-        trainer_settings={"data_collator": RowsOfBatch(batch)},
+        folder, lambda: make(family)[0].double(), batch, 5, tolerance, **{**optimizer, "learning_rate": 0.01},
+        **CLIPPED, data=Dataset.from_dict({"row": [0, 1, 2, 1, 0]}), per_device_train_batch_size=2,
+        remove_unused_columns=False, trainer_settings={"data_collator": RowsOfBatch(batch)}, **given,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", [NESTEROV, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("family", ["gpt2", "vit", "convnext"])
+def test_models_are_differentiated_through_real_trainings(tmp_path, family, optimizer):
+    check_family_against_real_trainings(tmp_path, family, optimizer, 1e-5)
+
+
+@pytest.mark.parametrize(("optimizer", "h"), [(NESTEROV, 0.03), (ADAMW, 1e-3)], ids=["sgd", "adamw"])
+def test_t5_is_differentiated_through_real_trainings(tmp_path, optimizer, h):
+    """Its norms compute in float32, whose rounding hides smaller changes than these."""
+    check_family_against_real_trainings(tmp_path, "t5", optimizer, 2e-3, h=h)
 
 
 @pytest.mark.parametrize("family", ["bert", "bert_regression", "electra", "bart"])

@@ -18,7 +18,7 @@ from hf_attribution.replay.optimizers import OPTIMIZERS, State
 from hf_attribution.replay.parameters import checksum, flat, flat_moments, frozen_checksum, put_flat, trainable
 from hf_attribution.replay.recording import Recording, Step
 from hf_attribution.replay.training import training_split
-from hf_attribution.seeds import RandomState
+from hf_attribution.seeds import RandomState, random_state_kept
 from hf_attribution.tasks import Task
 
 Denominator = Callable[[Step, Task, Mapping[str, Any]], float]
@@ -276,16 +276,6 @@ class Replay:
     def _split(self, vector: Tensor) -> Iterator[Tensor]:
         parts = vector.split([p.numel() for p in self.parameters])
         return (part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True))
-
-
-@contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Whatever is drawn in the block, afterwards the generators are where they were."""
-    state = RandomState.now()
-    try:
-        yield
-    finally:
-        state.restore()
 
 
 @contextlib.contextmanager

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from hf_attribution.errors import NonFiniteError
 from hf_attribution.replay.parameters import put_flat
 from hf_attribution.replay.products import FlatModel, Product, in_chunks
-from hf_attribution.replay.run import RecordedRun, Replay, random_state_kept
+from hf_attribution.replay.run import RecordedRun, Replay
 from hf_attribution.replay.storage import backward_in_time
 from hf_attribution.replay.trials import check_separate, choose_product, find_rule
+from hf_attribution.seeds import random_state_kept
 from hf_attribution.tasks import Task
 
 # Vectors whose products are tried to be taken at once, and how much slower a size may be before larger ones are not.

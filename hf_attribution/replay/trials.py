@@ -7,7 +7,8 @@ from transformers.utils import logging
 from hf_attribution.errors import UnsupportedError
 from hf_attribution.inputs import evaluating
 from hf_attribution.replay.products import FlatModel, Product
-from hf_attribution.replay.run import DENOMINATORS, Part, Replay, random_state_kept
+from hf_attribution.replay.run import DENOMINATORS, Part, Replay
+from hf_attribution.seeds import random_state_kept
 
 logger = logging.get_logger(__name__)
 
