@@ -11,6 +11,8 @@ Sections:
   ekfac      EK-FAC and K-FAC against one training of a small CNN and of a small BERT, beside `kronfluence`
   influence  exact influence functions through kernels against one training of the same CNN
   store      the second `attribute` on an existing store: seconds, and rows read
+  disk       the store's writing against writing the same bytes to one file, with both on the disk at the end
+  search     the top 100 of 10 million stored examples for 100 queries, exactly, without the matrix
   scoring    queries x examples x dimensions of stored features, in bounded memory
   datamodel  LASSO with cross-validation of 2,000 subsets x 1,000 examples x 200 queries, beside other libraries
   knn_shapley  exact kNN-Shapley of 1,000 queries x 50,000 examples x 384 dimensions
@@ -20,6 +22,7 @@ Sections:
 import dataclasses
 import gc
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -44,6 +47,7 @@ from hf_attribution.estimation.lasso import fit_lasso
 from hf_attribution.gradients.features import compute_features
 from hf_attribution.gradients.per_example import PerExampleGradients
 from hf_attribution.gradients.projections import Projection
+from hf_attribution.gradients.stored import StoredProducts, StoredScores
 from hf_attribution.methods.knn_shapley import knn_shapley_scores
 from hf_attribution.store import FeatureStore, FeatureWriter, Manifest
 from hf_attribution.tasks import infer_task
@@ -55,6 +59,8 @@ SECTIONS = (
     "influence",
     "ekfac",
     "store",
+    "disk",
+    "search",
     "scoring",
     "datamodel",
     "knn_shapley",
@@ -71,6 +77,11 @@ class Arguments:
     )
     dim: int = dataclasses.field(default=2048, metadata={"help": "Dimension of the projection."})
     repeats: int = dataclasses.field(default=3, metadata={"help": "Repeats of every timing, alternating."})
+    disk_gib: float = dataclasses.field(default=2.0, metadata={"help": "Size of the store that is written."})
+    search_examples: int = dataclasses.field(default=10_000_000, metadata={"help": "Stored examples to search."})
+    search_queries: int = dataclasses.field(default=100, metadata={"help": "Queries to search them for."})
+    search_dim: int = dataclasses.field(default=512, metadata={"help": "Dimension of the features that are searched."})
+    work_dir: str = dataclasses.field(default=".", metadata={"help": "Where large stores are written for a while."})
     scoring_examples: int = dataclasses.field(default=1_000_000, metadata={"help": "Stored examples to score."})
     scoring_queries: int = dataclasses.field(default=1_000, metadata={"help": "Queries to score them for."})
     threads: int = dataclasses.field(default=1, metadata={"help": "Threads."})
@@ -98,6 +109,8 @@ def main() -> None:
             "influence": benchmark_influence,
             "ekfac": benchmark_ekfac,
             "store": benchmark_store,
+            "disk": benchmark_disk,
+            "search": benchmark_search,
             "scoring": benchmark_scoring,
             "datamodel": benchmark_datamodel,
             "knn_shapley": benchmark_knn_shapley,
@@ -242,6 +255,60 @@ def benchmark_store(arguments: Arguments, console: Console) -> None:
                 cache_dir=folder, progress=False,
             )  # fmt: skip
             console.print(f"{turn} call: {time.perf_counter() - started:.2f} s, {sum(rows)} rows collated")
+
+
+def benchmark_disk(arguments: Arguments, console: Console) -> None:
+    """Seconds to write a store, and to write as many bytes to one file, in turn; both are flushed to the disk."""
+    dim, step = arguments.dim, 8192
+    block, zeros = torch.randn(step, dim), torch.zeros(step)
+    steps = max(1, int(arguments.disk_gib * 2**30 / (4 * dim * step)))
+    content = block.numpy().data.cast("B")
+
+    def ours(folder: Path) -> None:
+        writer = FeatureWriter(folder / "store", Manifest(dim, "float32", {}, steps * step))
+        for number in range(steps):
+            writer.write(np.arange(number * step, (number + 1) * step), block, zeros)
+        writer.finish()
+
+    def raw(folder: Path) -> None:
+        with (folder / "raw").open("wb", buffering=0) as file:
+            for _ in range(steps):
+                file.write(content)
+            os.fsync(file.fileno())
+
+    seconds: dict[str, list[float]] = {"store": [], "raw": []}
+    for _ in range(arguments.repeats):
+        for name, write in (("raw", raw), ("store", ours)):
+            with tempfile.TemporaryDirectory(dir=arguments.work_dir) as folder:
+                started = time.perf_counter()
+                write(Path(folder))
+                seconds[name].append(time.perf_counter() - started)
+    size = steps * len(content) / 2**20
+    ratios = [a / b for a, b in zip(seconds["raw"], seconds["store"], strict=True)]
+    speeds = [f"{name} {size / statistics.median(found):,.0f} MiB/s" for name, found in seconds.items()]
+    console.print(
+        f"{size / 1024:.1f} GiB: {', '.join(speeds)}; the store at {statistics.median(ratios):.2f} of raw speed "
+        f"({min(ratios):.2f}-{max(ratios):.2f})"
+    )
+
+
+def benchmark_search(arguments: Arguments, console: Console) -> None:
+    """Write a synthetic store, and search it twice: the first search also compares the checksums."""
+    examples, queries, dim = arguments.search_examples, arguments.search_queries, arguments.search_dim
+    with tempfile.TemporaryDirectory(dir=arguments.work_dir) as folder:
+        started = time.perf_counter()
+        store = synthetic_store(Path(folder) / "train", examples, dim)
+        console.print(f"{examples:,} x {dim}: written in {time.perf_counter() - started:.0f} s")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        scores = StoredScores([StoredProducts(torch.randn(queries, dim), store)])
+        for turn in ("first", "second"):
+            started = time.perf_counter()
+            scores.top(100, progress=False)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            console.print(
+                f"{turn} search, top 100 of {queries} queries: {time.perf_counter() - started:.0f} s; peak memory "
+                f"{peak / 2**10:.0f} MiB, {(peak - before) / 2**10:.0f} MiB more than before"
+            )
 
 
 def synthetic_store(path: Path, rows: int, dim: int) -> FeatureStore:

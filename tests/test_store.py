@@ -215,6 +215,14 @@ class TestResume:
         assert np.flatnonzero(second.done).tolist() == list(range(10, 15))
         assert torch.equal(feed(second, features, values).finish().read(0, N), features)
 
+    def test_a_sealed_shard_that_the_disk_lost_is_written_again(self, tmp_path):
+        features, values = made()
+        feed(begin(tmp_path / "s"), features, values, np.arange(70))
+        flip_a_bit(tmp_path / "s.part" / "features-00001.arrow", -100)
+        second = begin(tmp_path / "s")
+        assert 0 < np.count_nonzero(~second.done[:70]) <= 20
+        assert torch.equal(feed(second, features, values).finish().read(0, N), features)
+
     def test_a_foreign_part_is_refused(self, tmp_path):
         feed(begin(tmp_path / "s"), *made(), np.arange(15))
         with pytest.raises(MismatchError, match="model: m there, other now"):

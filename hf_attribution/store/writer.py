@@ -82,11 +82,13 @@ class FeatureWriter:
         """
         with self._explaining():
             self._grow(int(rows.max()) + 1)
-            order = np.argsort(rows, kind="stable")
-            order = order[~self.done[rows[order]]]
-            if not len(order):
-                return
-            rows, features, values = rows[order], features[order], values[order]
+            fresh = ~self.done[rows]
+            if not fresh.all() or (np.diff(rows) < 0).any():
+                order = np.argsort(rows, kind="stable")
+                order = order[fresh[order]]
+                if not len(order):
+                    return
+                rows, features, values = rows[order], features[order], values[order]
             columns = {**encode(features, self.manifest.dtype, rows), "value": values.detach().cpu().float().numpy()}
             entries = np.array([self._write_run(rows, columns, run) for run in self._runs(rows)], _ENTRY)
             self._journal.write(entries.tobytes())
@@ -118,6 +120,8 @@ class FeatureWriter:
             )
         with self._explaining():
             self._trim(num_rows)
+            for shard in self.manifest.shards:
+                self._file(shard).flush()
             self._save(num_rows=num_rows, settings=settings if settings is not None else self.manifest.settings)
             self._describe()
             self._journal.close()
@@ -144,7 +148,9 @@ class FeatureWriter:
     def _resume(self) -> None:
         found = Manifest.load(self.part)
         found.refuse_other(self.manifest, self.part)
-        self._save(shards=found.shards)
+        # Until the end nobody waits for the disk: what was sealed may have been lost with the power.
+        self._save(shards=tuple(self._checked(shard) for shard in found.shards))
+        found = self.manifest
         sealed = np.array([shard.checksum is not None for shard in found.shards], dtype=bool)
         self.done = sealed.repeat([shard.rows for shard in found.shards])
         for shard in found.shards:
@@ -157,6 +163,12 @@ class FeatureWriter:
             self._seal_if_full(number)
         if self.manifest.num_rows is not None:
             self._grow(self.manifest.num_rows)
+
+    def _checked(self, shard: Shard) -> Shard:
+        """A shard, no longer sealed if it is not what was sealed."""
+        there = (self.part / shard.file).exists()
+        same = shard.checksum is not None and there and self._file(shard).checksum() == shard.checksum
+        return shard if same else dataclasses.replace(shard, checksum=None)
 
     def _noted(self) -> Iterator[tuple[int, int]]:
         """What the journal says was written to unsealed shards, where it is true: the disk may have lost power."""
@@ -204,9 +216,7 @@ class FeatureWriter:
         return Shard(name, rows, create_shard(self.part / name, rows, self.manifest.dim, self.manifest.dtype))
 
     def _sealed(self, shard: Shard) -> Shard:
-        file = self._file(shard)
-        file.flush()
-        return dataclasses.replace(shard, checksum=file.checksum())
+        return dataclasses.replace(shard, checksum=self._file(shard).checksum())
 
     def _trim(self, num_rows: int) -> None:
         """Cut what is too long: the last shard of a store whose length was not known."""
