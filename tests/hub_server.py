@@ -106,7 +106,7 @@ class Hub:
     def add(self, name: str, path: str, content: bytes) -> None:
         """Commit one file, as somebody does on the web page."""
         repo = self.repos[name]
-        repo.commit({**repo.files, path: File(content, large=path.endswith(".parquet"))}, f"Update {path}")
+        repo.commit({**repo.files, path: File(content, large=path.endswith((".parquet", ".arrow")))}, f"Update {path}")
 
     def on(self, pattern: str, action: Callable[[], Any], times: int = 1) -> None:
         """Do something when a request matches: a status code that `action` returns is the answer, None goes on."""
@@ -332,7 +332,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         present, answers = repo.commits[repo.find(revision)], []
         for asked in json.loads(self.body)["files"]:
-            large = asked["path"].endswith((".parquet", ".safetensors", ".bin")) or asked["size"] > 2**20
+            large = asked["path"].endswith((".parquet", ".arrow", ".safetensors", ".bin")) or asked["size"] > 2**20
             mode = "lfs" if large else "regular"
             answer = {"path": asked["path"], "uploadMode": mode, "shouldIgnore": False}
             if asked["path"] in present:

@@ -660,3 +660,74 @@ def test_errors_in_the_shell_are_one_line(hub, client, tmp_path, line, message):
     assert message in error
     assert "\n" not in error
     assert not (tmp_path / "x.safetensors").exists()
+
+
+# Feature stores
+
+
+@pytest.fixture(scope="module")
+def make_store(client):
+    client.run(
+        """
+        from pathlib import Path
+        import torch
+        from hf_attribution.store import FeatureStore, FeatureWriter, Manifest
+
+        def make_store(path, rows=10):
+            torch.manual_seed(rows)
+            writer = FeatureWriter(Path(path), Manifest(4, "float32", {"model": "m"}, num_rows=rows), shard_bytes=64)
+            writer.write(np.arange(rows), torch.randn(rows, 4), torch.randn(rows))
+            return writer.finish()
+        """
+    )
+
+
+def test_a_store_goes_and_comes_back(hub, client, make_store, tmp_path):
+    client.run(f"here = Path({str(tmp_path)!r}); store = make_store(here / 'store'); store.push_to_hub('ada/store')")
+    client.run("back = FeatureStore.from_hub('ada/store', here / 'back')")
+    client.run("assert torch.equal(back.read(0, 10), store.read(0, 10)) and back.manifest == store.manifest")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "store"]
+    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == sorted(
+        path.name for path in (tmp_path / "store").iterdir()
+    )
+    client.run("rows = datasets.load_dataset('ada/store', split='train')")
+    client.run("assert np.array_equal(np.array(rows['features'], dtype=np.float32), store.read(0, 10).numpy())")
+    assert front_matter(card(hub, "datasets/ada/store"))["configs"][0]["config_name"] == "features"
+    titles = len(hub.repos["datasets/ada/store"].titles)
+    client.run("store.push_to_hub('ada/store')")
+    assert len(hub.repos["datasets/ada/store"].titles) == titles
+    client.run("make_store(here / 'small', rows=2).push_to_hub('ada/store')")
+    client.run("assert len(FeatureStore.from_hub('ada/store', here / 'small-back')) == 2")
+    assert len([path for path in hub.repos["datasets/ada/store"].files if path.endswith(".arrow")]) == 1
+    assert "exists" in client.fails("FeatureStore.from_hub('ada/store', here / 'back')")
+    assert "holds something else" in client.fails("make_scores().push_to_hub('ada/store')")
+    client.run("Subsets.random(10, 2).push_to_hub('ada/no-store')")
+    assert "holds no features" in client.fails("FeatureStore.from_hub('ada/no-store', here / 'none')")
+
+
+def test_a_foreign_store_writes_nothing_outside_of_its_folder(hub, client, make_store, tmp_path):
+    client.run(f"here = Path({str(tmp_path)!r}) / 'inside'; here.mkdir(); store = make_store(here / 'store')")
+    client.run("store.push_to_hub('ada/evil')")
+    client.run(
+        """
+        import dataclasses
+        shards = store.manifest.shards
+        evil = dataclasses.replace(store.manifest, shards=(dataclasses.replace(shards[0], file="../../stolen"),))
+        (here / "evil").mkdir()
+        evil.save(here / "evil")
+        """
+    )
+    manifest = (tmp_path / "inside" / "evil" / "manifest.json").read_bytes()
+    hub.add("datasets/ada/evil", "features/manifest.json", manifest)
+    hub.add("datasets/ada/evil", "features/../../stolen", b"x")
+    error = client.fails("FeatureStore.from_hub('ada/evil', here / 'back')")
+    assert "names '../../stolen'" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["inside"]
+    assert not (tmp_path / "inside" / "back").exists()
+    client.run("make_store(here / 'other').push_to_hub('ada/hurt')")
+    path = next(path for path in hub.repos["datasets/ada/hurt"].files if path.endswith("1.arrow"))
+    content = bytearray(hub.repos["datasets/ada/hurt"].files[path].content)
+    content[-40] ^= 1
+    hub.add("datasets/ada/hurt", path, bytes(content))
+    assert "damaged" in client.fails("FeatureStore.from_hub('ada/hurt', here / 'hurt')")
+    assert not (tmp_path / "inside" / "hurt").exists()

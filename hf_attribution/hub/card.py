@@ -65,10 +65,11 @@ class Page:
         summary: What it is, and how to read it; Markdown.
         facts: Name to value, for the table; what is empty is left out.
         tables: Folder to what a row is; the first is the one that the viewer opens with.
-        usage: Python that loads it.
+        usage: Python that loads it, with `{repo_id}` for the repository.
         details: What else is known; JSON.
         report: How well it predicts retraining, if that was asked for.
         tags: Tags of its own.
+        pattern: The files of a table in its folder.
     """
 
     title: str
@@ -79,6 +80,7 @@ class Page:
     details: Mapping[str, Any]
     report: LDSReport | None = None
     tags: Sequence[str] = ()
+    pattern: str = "train-*.parquet"
 
 
 def write_card(page: Page, said: AttributionCardData, repo_id: str, present: str | None) -> str:
@@ -113,6 +115,7 @@ def write_card(page: Page, said: AttributionCardData, repo_id: str, present: str
         protocol=_table(page.report.protocol) if page.report else {},
         group_column=cell(page.report.group_column) if page.report else None,
         details=_json(page.details),
+        usage=page.usage.format(repo_id=repo_id),
         citation=said.citation,
         repo_id=repo_id,
     )
@@ -168,7 +171,7 @@ def _scores(report: LDSReport | None) -> list[dict[str, Any]]:
 def _metadata(page: Page, said: AttributionCardData, repo_id: str, old: Mapping[str, Any]) -> dict[str, Any]:
     """Ours over theirs, but theirs where it is a matter of taste."""
     configs: list[dict[str, Any]] = [
-        {"config_name": folder, "data_files": [{"split": "train", "path": f"{folder}/train-*.parquet"}]}
+        {"config_name": folder, "data_files": [{"split": "train", "path": f"{folder}/{page.pattern}"}]}
         for folder in page.tables
     ]
     configs[0]["default"] = True

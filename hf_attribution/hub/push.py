@@ -153,16 +153,12 @@ def _push(
     place: Place,
     private: bool | None,
 ) -> str:
-    def card(repo_id: str, present: str | None) -> str:
-        here = dataclasses.replace(page, usage=page.usage.format(repo_id=repo_id))
-        return write_card(here, said, repo_id, present)
-
     upload = Upload(
         kind=kind,
         files=lambda: parquet_files(tables),
         owned=parquet_paths("|".join(tables)),
         is_ours=lambda where, present: is_sealed(where, kind, present),
-        card=card,
+        card=lambda repo_id, present: write_card(page, said, repo_id, present),
     )
     return commit(place, private, upload)
 

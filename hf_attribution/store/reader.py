@@ -10,12 +10,14 @@ import numpy as np
 from torch import Tensor
 
 from hf_attribution.errors import ArtefactError
-from hf_attribution.store.manifest import Manifest, Shard
+from hf_attribution.store.manifest import KIND, MANIFEST, Manifest, Shard
 from hf_attribution.store.precision import decode
 from hf_attribution.store.shards import ShardFile
 
 if TYPE_CHECKING:
     import datasets
+
+    from hf_attribution.hub.card import AttributionCardData
 
 # Bytes of a block of features in float32.
 BLOCK_BYTES = 2**26
@@ -145,6 +147,90 @@ class FeatureStore:
         self.verify()
         return datasets.Dataset.load_from_disk(str(self.path), keep_in_memory=False)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        card_data: "AttributionCardData | None" = None,
+    ) -> str:
+        """Push to a dataset repository on the Hub: the shards as they are, and a card, in one commit or none.
+
+        Shards that the Hub has already are not sent again.
+
+        Args:
+            repo_id: `"user/name"`, or `"name"` for your own. It is made if it is missing.
+            private: Whether a new repository is private; an existing one that is not as it is said is refused.
+            revision: The branch, by default the main one. It is made if it is missing.
+            token: A token that may write; by default that of `hf auth login` or HF_TOKEN.
+            card_data: What only you know: licence, model, dataset.
+
+        Returns:
+            The URL of the commit.
+
+        Raises:
+            HubError: No token, a repository that holds something else or is public and should be private, no network.
+            ArtefactError: A shard is damaged, the card was edited so that it cannot be read, or the repository is of
+                a newer schema.
+        """
+        from hf_attribution.hub.access import Place
+        from hf_attribution.hub.card import AttributionCardData, Page, link
+        from hf_attribution.hub.folders import push_folder
+
+        self.verify()
+        said = card_data or AttributionCardData()
+        page = Page(
+            title=f"Projected gradients of {len(self):,} examples, {self.dim:,} dimensions each",
+            summary="What training data attributions of gradients are computed from.",
+            facts={
+                "model": link(said.model_id, said.model_revision),
+                "data": link(said.dataset_id, said.dataset_revision, "datasets/"),
+                "rows": len(self),
+                "dimensions": self.dim,
+                "number format": self.manifest.dtype,
+            },
+            tables={KIND: "an example: `features`, `value` (what was differentiated), and for int8 `scale`"},
+            usage="from hf_attribution.store import FeatureStore\n\n"
+            'store = FeatureStore.from_hub("{repo_id}", "store")  # a folder',
+            details={"settings": self.manifest.settings},
+            tags=["gradients"],
+            pattern="*.arrow",
+        )
+        names = _files(self.manifest)
+        return push_folder(KIND, self.path, names, page, said, Place(repo_id, revision, token), private)
+
+    @classmethod
+    def from_hub(
+        cls, repo_id: str, path: str | Path, *, revision: str | None = None, token: str | bool | None = None
+    ) -> "FeatureStore":
+        """Fetch a store that `push_to_hub` pushed, check all of it, and put it into a folder.
+
+        Args:
+            repo_id: The dataset repository, `"user/name"`.
+            path: The folder, which must not exist. Nothing is written elsewhere but in `<path>.fetched`, from where
+                the same call goes on after a cut.
+            revision: Branch, tag or commit; by default the main branch.
+            token: A token for private repositories; by default that of `hf auth login` or HF_TOKEN.
+
+        Returns:
+            The store.
+
+        Raises:
+            FileExistsError: The folder exists.
+            HubError: There is no such repository, or it is not for you, or the Hub could not be reached.
+            ArtefactError: It holds something else, of a newer schema, or not what was pushed.
+        """
+        from hf_attribution.hub.access import Place
+        from hf_attribution.hub.folders import pull_folder, put
+
+        place, target = Place(repo_id, revision, token), Path(path)
+        fetched = pull_folder(KIND, place, target, lambda folder: _files(Manifest.load(folder)))
+        cls(fetched).verify()
+        put(fetched, target)
+        return cls(target)
+
     def _check(self, shard: Shard) -> ShardFile:
         """A shard that is what was written; looked at once."""
         if shard.file not in self._checked:
@@ -159,3 +245,8 @@ class FeatureStore:
                 )
             self._checked[shard.file] = file
         return self._checked[shard.file]
+
+
+def _files(manifest: Manifest) -> list[str]:
+    """The files of a store."""
+    return [MANIFEST, "dataset_info.json", "state.json", *(shard.file for shard in manifest.shards)]
