@@ -58,6 +58,9 @@ if TYPE_CHECKING:
     )
     from hf_attribution.part_scores import PartScores
     from hf_attribution.problem import Checkpoint
+    from hf_attribution.report.comparison import compare
+    from hf_attribution.report.page import write_report
+    from hf_attribution.report.plots import plot_cost, plot_lds, plot_top
     from hf_attribution.scores import Scores
     from hf_attribution.store import FeatureStore
     from hf_attribution.studies import brittleness, removal_curve, stability
@@ -111,6 +114,9 @@ _MODULES = {
     ),
     "part_scores": ("PartScores",),
     "problem": ("Checkpoint",),
+    "report.comparison": ("compare",),
+    "report.page": ("write_report",),
+    "report.plots": ("plot_cost", "plot_lds", "plot_top"),
     "scores": ("Scores",),
     "studies": ("brittleness", "removal_curve", "stability"),
     "store": ("FeatureStore",),
@@ -169,6 +175,7 @@ __all__ = [
     "attribute_top",
     "brittleness",
     "choose",
+    "compare",
     "cross_fit",
     "estimate",
     "evaluate_lds",
@@ -176,10 +183,14 @@ __all__ = [
     "find_mislabeled",
     "infer_task",
     "metric_path",
+    "plot_cost",
+    "plot_lds",
+    "plot_top",
     "removal_curve",
     "select_subset",
     "self_influence",
     "stability",
+    "write_report",
 ]
 
 

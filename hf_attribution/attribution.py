@@ -279,6 +279,7 @@ def _provenance(
     """What scores came from."""
     return {
         "fingerprints": problem.fingerprints,
+        "columns": {split.name: split.columns for split in (problem.train, problem.query)},
         "measurement": problem.task.measurement_name,
         "task": problem.task.description,
         "sources": hub_sources(problem.model, problem.train_dataset),

@@ -11,7 +11,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import hf_attribution
@@ -159,25 +158,22 @@ def evaluate_command(argv: Sequence[str]) -> None:
     """Judge scores by retrained models: the linear datamodeling score, its interval and its ceiling."""
     args, data_args = _parse("evaluate", (EvaluateArguments, DataArguments), argv)
     from hf_attribution.counterfactuals import Counterfactuals
-    from hf_attribution.evaluation import evaluate_lds
+    from hf_attribution.report.comparison import compare, comparison_table
     from hf_attribution.scores import Scores
 
     truth = Counterfactuals.load(args.counterfactuals)
     scores = {path: Scores.load(path) for path in args.scores}
     train = _train_if_named(data_args)
     group_column = args.group_column or data_args.label_column_name
-    reports = {
-        path: evaluate_lds(each, truth, train, group_column, confidence_level=args.confidence_level)
-        for path, each in scores.items()
-    }
+    entries = compare(_labels(scores), truth, train, group_column, args.confidence_level)
     if args.json:
-        rows = [{"scores": path, **report.to_dict()} for path, report in reports.items()]
+        rows = [{"scores": path, **entry.report.to_dict()} for path, entry in zip(scores, entries, strict=True)]
         sys.stdout.write(json.dumps(_plain(rows), indent=2) + "\n")
         return
-    for report in reports.values():
-        _say(str(report))
-    if len(reports) > 1:
-        _say(_comparison(scores, reports, truth))
+    for entry in entries:
+        _say(str(entry.report))
+    if len(entries) > 1:
+        _say(comparison_table(entries, title="Linear datamodeling scores"))
 
 
 def push_command(argv: Sequence[str]) -> None:
@@ -363,19 +359,13 @@ def _say(what: Any) -> None:
     Console(soft_wrap=isinstance(what, str)).print(what, markup=False, highlight=False)
 
 
-def _comparison(scores: dict[str, Any], reports: dict[str, Any], truth: Any) -> Any:
-    """Reports side by side, with their cost in trainings on all of the data."""
-    from hf_attribution.report.comparison import Entry, comparison_table
-
-    num_subsets, num_seeds, _ = truth.outputs.shape
-    training = truth.provenance.get("seconds", math.nan) / (num_subsets * num_seeds) / truth.subsets.fraction
-    methods = [report.method for report in reports.values()]
-    entries = []
-    for path, report in reports.items():
-        label = report.method if methods.count(report.method) == 1 else f"{report.method} ({Path(path).stem})"
-        seconds = scores[path].provenance.get("seconds", math.nan)
-        entries.append(Entry(label, report, seconds, seconds / training))
-    return comparison_table(entries, title="Linear datamodeling scores")
+def _labels(scores: dict[str, Any]) -> dict[str, Any]:
+    """Scores by their method, and by their file, too, where a method occurs twice."""
+    methods = [each.method for each in scores.values()]
+    return {
+        each.method if methods.count(each.method) == 1 else f"{each.method} ({path})": each
+        for path, each in scores.items()
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -171,6 +171,11 @@ class Split:
                 self.collator(self.rows([index]))
             return random_state() != before
 
+    @property
+    def columns(self) -> list[str] | None:
+        """The columns that the fingerprint is of; None where the dataset has none."""
+        return list(self.dataset.column_names) if _is_arrow(self.dataset) else None
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the rows' contents and types, the same in every process. 32 hex digits."""

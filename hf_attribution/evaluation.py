@@ -234,13 +234,14 @@ def _group_counts(
     num_examples = counterfactuals.subsets.num_examples
     if group_column is None and train_dataset is not None:
         _check_rows(train_dataset, num_examples)
-        group_column = _label_column(train_dataset)
+        group_column = group_column_of(train_dataset)
     if group_column is None:
         return None, None
     return counterfactuals.subsets.counts(read_groups(train_dataset, group_column, num_examples)), group_column
 
 
-def _label_column(dataset: datasets.Dataset) -> str | None:
+def group_column_of(dataset: datasets.Dataset) -> str | None:
+    """The column of class labels, one integer a row, if there is one."""
     for column in LABEL_COLUMNS:
         feature = dataset.features.get(column)
         is_scalar = isinstance(feature, (datasets.ClassLabel, datasets.Value))

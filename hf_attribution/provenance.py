@@ -20,8 +20,8 @@ def merge_provenance(parts: Sequence[Mapping[str, Any]], shared: Sequence[str]) 
             replaced by the fingerprint of all its values.
 
     Returns:
-        `fingerprints`; the sum of `seconds`; the union of `used_subsets`, in order; the list of `choices`:
-        each only where a part has it.
+        `fingerprints`; the sum of `seconds`; the union of `used_subsets`, in order; the list of `choices`; the
+        `columns`: each only where a part has it.
 
     Raises:
         MismatchError: One of the `shared` fingerprints differs.
@@ -43,6 +43,7 @@ def merge_provenance(parts: Sequence[Mapping[str, Any]], shared: Sequence[str]) 
         "seconds": sum,
         "used_subsets": lambda lists: list(dict.fromkeys(key for keys in lists for key in keys)),
         "choices": list,
+        "columns": lambda found: found[0],  # that the fingerprints, which are the same, are of
     }
     merged: dict[str, Any] = {"fingerprints": fingerprints} if fingerprints else {}
     for key, join in joins.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +17,8 @@ from hf_attribution.rows import TabularArtefact, from_rows, ranked_rows, to_rows
 from hf_attribution.seals import plain_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import datasets
 
     from hf_attribution.counterfactuals import Counterfactuals
@@ -134,6 +137,30 @@ class Scores(TabularArtefact):
         """Return the training examples that lower each query's output most, lowest first; else as `top`."""
         return self._extremes(k, train_dataset, sign=-1)
 
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        train_dataset: datasets.Dataset,
+        query_dataset: datasets.Dataset,
+        **options: Any,
+    ) -> Path:
+        """Write one HTML page that shows the scores beside the data, and what retrained models say of them.
+
+        Args:
+            path: The `.html` file to write.
+            train_dataset: The N training rows.
+            query_dataset: The Q query rows.
+            **options: As for `hf_attribution.write_report`: `counterfactuals`, `others`, `self_influence`, `tokens`,
+                `k` and more.
+
+        Returns:
+            The file.
+        """
+        # The page stands above the artefacts, and is reached as users reach it: by the package's face.
+        import hf_attribution
+
+        return hf_attribution.write_report(self, path, train_dataset, query_dataset, **options)
+
     def _extremes(self, k: int, train_dataset: datasets.Dataset | None, sign: int) -> datasets.Dataset:
         num_examples = self.values.shape[1]
         if k < 1:
@@ -144,7 +171,7 @@ class Scores(TabularArtefact):
                 f"{len(train_dataset)}: pass the dataset that was attributed."
             )
         k = min(k, num_examples)
-        chosen = np.stack([_largest(sign * row, k) for row in self.values])
+        chosen = np.stack([largest(sign * row, k) for row in self.values])
         return ranked_rows(chosen, np.take_along_axis(self.values, chosen, axis=1), train_dataset)
 
     @classmethod
@@ -297,7 +324,7 @@ def _blocks(length: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, length, size))
 
 
-def _largest(row: np.ndarray, k: int) -> np.ndarray:
+def largest(row: np.ndarray, k: int) -> np.ndarray:
     """Return the positions of the k largest of `[N]`, largest first, of equals the lower position first."""
     smallest = np.partition(row, len(row) - k)[len(row) - k]
     above, equal = np.flatnonzero(row > smallest), np.flatnonzero(row == smallest)

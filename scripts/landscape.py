@@ -38,7 +38,8 @@ from hf_attribution import METHODS, AttributionTrainer, Counterfactuals, Ensembl
 from hf_attribution.arguments import DataArguments, ModelArguments, option
 from hf_attribution.artefacts import fingerprint
 from hf_attribution.methods import get_method
-from hf_attribution.report.comparison import Entry, comparison_table, plot_comparison
+from hf_attribution.report.comparison import Entry, comparison_table
+from hf_attribution.report.plots import plot_cost
 from hf_attribution.seeds import derive_seed
 from hf_attribution.weights import load_weights
 from hf_attribution.workspace import Workspace, load_workspace
@@ -272,7 +273,7 @@ def show(entries: Sequence[Entry], candidates: Sequence[Candidate], title: str, 
     """Print the table; write CSV, figure and dataset."""
     console = Console()
     console.print(comparison_table(entries, title))
-    plot_comparison(entries, title, folder / "landscape.png")
+    plot_cost(entries, title).savefig(folder / "landscape.png")
     rows = Dataset.from_list([row(*pair) for pair in zip(entries, candidates, strict=True)])
     rows.to_csv(folder / "landscape.csv", index=False)
     rows.save_to_disk(folder / "landscape")

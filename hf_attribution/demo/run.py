@@ -16,8 +16,9 @@ from hf_attribution.demo.acts import ACTS, Act, Effort, Material, accuracy
 from hf_attribution.ensemble import Ensemble
 from hf_attribution.evaluation import evaluate_lds
 from hf_attribution.methods import METHODS, GradientMethod, Method, get_method
-from hf_attribution.report.comparison import Entry, comparison_table, plot_comparison
-from hf_attribution.report.examples import plot_image_examples, text_examples
+from hf_attribution.report.comparison import Entry, comparison_table
+from hf_attribution.report.examples import text_examples
+from hf_attribution.report.plots import plot_cost, plot_top
 from hf_attribution.scores import Scores
 from hf_attribution.trainer import AttributionTrainer
 
@@ -194,12 +195,12 @@ def _show(
     console.print(comparison_table(entries, title=f"{act.title}: how well scores predict retraining"))
     console.print(str(next(entry.report for entry in entries if entry.label == _label(act, SHOWN, "half"))))
     picture = folder / "lds_against_cost.png"
-    plot_comparison(entries, act.title, picture)
+    plot_cost(entries, act.title).savefig(picture)
     console.print(f"Picture: {picture}")
     queries = range(NUM_SHOWN)
     if act.shown_column == "image":
         examples = folder / "examples.png"
-        plot_image_examples(shown, material.train, query, queries, examples)
+        plot_top(shown, material.train, query, queries).savefig(examples)
         console.print(f"What shaped some queries, as images: {examples}")
     else:
         console.print(text_examples(shown, material.train, query, queries, act.shown_column))

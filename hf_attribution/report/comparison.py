@@ -1,16 +1,21 @@
 """Methods side by side: how well each predicts retraining, and what it cost."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from hf_attribution.evaluation import LDSReport
+from hf_attribution.counterfactuals import Counterfactuals
+from hf_attribution.errors import MismatchError
+from hf_attribution.evaluation import LDSReport, evaluate_lds
+from hf_attribution.scores import Scores
 
-# A baseline that costs nothing still needs a place on a logarithmic axis.
-LEAST_COST = 1e-3
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +35,55 @@ class Entry:
     trainings: float
 
 
+def compare(
+    scores: Mapping[str, Scores],
+    counterfactuals: Counterfactuals,
+    train_dataset: datasets.Dataset | None = None,
+    group_column: str | None = None,
+    confidence_level: float = 0.95,
+) -> list[Entry]:
+    """Judge several scores by the same retrained models, and say what each cost.
+
+    The unit of cost is one training on all of the data: a retraining on half of it took half as long. What scores do
+    not record (the trainings of an ensemble they were given, say) is not in their cost.
+
+    Args:
+        scores: Scores by what they are to be called.
+        counterfactuals: Outputs of retrained models.
+        train_dataset: As for `evaluate_lds`.
+        group_column: As for `evaluate_lds`.
+        confidence_level: Of the intervals.
+
+    Returns:
+        An entry for each, in their order. Seconds and trainings are NaN where they are not recorded.
+
+    Raises:
+        MismatchError: Scores and counterfactuals do not belong together; the message names the scores.
+        ValueError: As for `evaluate_lds`.
+
+    Example:
+        >>> import numpy as np
+        >>> from hf_attribution.counterfactuals import Subsets
+        >>> values, subsets = np.random.default_rng(0).normal(size=(4, 30)), Subsets.random(30, 50)
+        >>> truth = Counterfactuals(subsets, (subsets.masks @ values.T)[:, None], provenance={"seconds": 100.0})
+        >>> oracle = Scores(values, method="oracle", provenance={"seconds": 8.0})
+        >>> [(entry.label, round(entry.report.lds, 2), entry.trainings) for entry in compare({"it": oracle}, truth)]
+        [('it', 1.0, 2.0)]
+    """
+    num_subsets, num_seeds, _ = counterfactuals.outputs.shape
+    retraining = counterfactuals.provenance.get("seconds", math.nan) / (num_subsets * num_seeds)
+    training = retraining / counterfactuals.subsets.fraction
+    entries = []
+    for label, each in scores.items():
+        try:
+            report = evaluate_lds(each, counterfactuals, train_dataset, group_column, confidence_level)
+        except MismatchError as error:
+            raise MismatchError(f"{label}: {error}") from error
+        seconds = each.provenance.get("seconds", math.nan)
+        entries.append(Entry(label, report, seconds, seconds / training))
+    return entries
+
+
 def comparison_table(entries: Sequence[Entry], title: str) -> Table:
     """A table of methods, best first.
 
@@ -45,7 +99,7 @@ def comparison_table(entries: Sequence[Entry], title: str) -> Table:
     table.add_column("method", overflow="fold")
     for name in ["LDS", *(["partial LDS"] if partial else []), "seconds", "trainings"]:
         table.add_column(name, justify="right", no_wrap=True)
-    for entry in sorted(entries, key=lambda entry: -_sortable(entry.report.lds)):
+    for entry in best_first(entries):
         report = entry.report
         row = [entry.label, _score(report.lds, report.confidence_interval)]
         if partial:
@@ -57,38 +111,9 @@ def comparison_table(entries: Sequence[Entry], title: str) -> Table:
     return table
 
 
-def plot_comparison(entries: Sequence[Entry], title: str, path: str | Path) -> None:
-    """Draw LDS (and partial LDS) with interval against cost in trainings, on a logarithmic axis.
-
-    Args:
-        entries: The methods, all scored on the same retrained models.
-        title: What stands above it.
-        path: A `.png`, `.svg` or `.pdf` file to write.
-    """
-    from matplotlib.figure import Figure
-
-    kinds = [("LDS", "lds", "confidence_interval", "ceiling")]
-    if any(entry.report.partial_lds is not None for entry in entries):
-        kinds.append(("partial LDS", "partial_lds", "partial_confidence_interval", "partial_ceiling"))
-    figure = Figure(figsize=(6.4 * len(kinds), 4.6), layout="constrained")
-    for position, (name, score, interval, ceiling) in enumerate(kinds):
-        axes = figure.add_subplot(1, len(kinds), position + 1)
-        for number, entry in enumerate(entries):
-            value, bounds = getattr(entry.report, score), getattr(entry.report, interval)
-            if value is None or math.isnan(value):
-                continue
-            cost, colour = max(entry.trainings, LEAST_COST), f"C{number % 10}"
-            axes.errorbar(cost, value, [[value - bounds[0]], [bounds[1] - value]], fmt="o", color=colour, capsize=3)
-            axes.annotate(entry.label, (cost, value), (6, 5), textcoords="offset points", fontsize=8, color=colour)
-        if getattr(entries[0].report, ceiling) is not None:
-            axes.axhline(getattr(entries[0].report, ceiling), color="grey", linestyle="--", linewidth=1)
-            axes.annotate("noise ceiling", (0.01, getattr(entries[0].report, ceiling)),
-                          xycoords=("axes fraction", "data"), va="bottom", fontsize=8, color="grey")  # fmt: skip
-        axes.axhline(0, color="lightgrey", linewidth=0.8, zorder=0)
-        axes.set(xscale="log", xlabel="cost of the scores, in trainings", ylabel=name)
-        axes.margins(x=0.2)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+def best_first(entries: Sequence[Entry]) -> list[Entry]:
+    """Entries by their LDS; where it is not defined, last."""
+    return sorted(entries, key=lambda entry: math.inf if math.isnan(entry.report.lds) else -entry.report.lds)
 
 
 def _score(value: float | None, interval: tuple[float, float] | None) -> str:
@@ -103,7 +128,3 @@ def _short(value: float, digits: int) -> str:
 
 def _number(value: float | None) -> str:
     return "needs 2 seeds" if value is None else _short(value, 3)
-
-
-def _sortable(value: float) -> float:
-    return -math.inf if math.isnan(value) else value
