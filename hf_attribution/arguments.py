@@ -204,6 +204,35 @@ class PullArguments:
 
 
 @dataclass
+class ReportArguments:
+    """What the page shows, and where it goes."""
+
+    _argument_group_name: ClassVar[str] = "report"
+
+    scores: list[str] = field(
+        metadata={"help": "Files of scores. The page shows the first; the others are compared with it."}
+    )
+    counterfactuals: str | None = option(
+        "File of retrainings, written by `hf-attribution retrain`: how far the scores can be believed."
+    )
+    tokens: str | None = option("File of scores of tokens (PartScores.save): colours the training texts.")
+    self_influence: str | None = option("File of scores of one row: each example's influence on itself.")
+    group_column: str | None = option(
+        "Column of the data whose agreement is shown and whose counts give the partial LDS. By default the label."
+    )
+    show_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns that are shown of a row. By default its images and texts."}
+    )
+    k: int = option("Helpful and harmful examples of each query.", 10)
+    max_queries: int = option("The first so many queries are shown.", 200)
+    title: str | None = option("What stands above the page.")
+    output_file: str = option("Where the page is written.", "report.html")
+
+    def __post_init__(self) -> None:
+        check_output_file(self.output_file)
+
+
+@dataclass
 class DemoArguments:
     """Which acts of the demo to play, and how long."""
 

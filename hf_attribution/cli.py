@@ -23,6 +23,7 @@ from hf_attribution.arguments import (
     ModelArguments,
     PullArguments,
     PushArguments,
+    ReportArguments,
     RetrainArguments,
 )
 
@@ -211,6 +212,40 @@ def pull_command(argv: Sequence[str]) -> None:
     _say(f"{artefact!r}: {args.output_file}")
 
 
+def report_command(argv: Sequence[str]) -> None:
+    """Write a page of scores beside the data. Model and data are given as they were to `attribute`."""
+    model_args, data_args, args = _parse("report", (ModelArguments, DataArguments, ReportArguments), argv)
+    from hf_attribution.counterfactuals import Counterfactuals
+    from hf_attribution.part_scores import PartScores
+    from hf_attribution.report.page import write_report
+    from hf_attribution.scores import Scores
+    from hf_attribution.workspace import load_data
+
+    found = {path: Scores.load(path) for path in args.scores}
+    first, *others = _labels(found).items()
+    truth = Counterfactuals.load(args.counterfactuals) if args.counterfactuals else None
+    tokens = PartScores.load(args.tokens) if args.tokens else None
+    own = Scores.load(args.self_influence).values if args.self_influence else None
+    data = load_data(model_args, data_args)
+    path = write_report(
+        first[1],
+        args.output_file,
+        data.train,
+        data.query,
+        counterfactuals=truth,
+        others=dict(others),
+        self_influence=own,
+        tokens=tokens,
+        tokenizer=data.processing_class,
+        columns=args.show_columns,
+        group_column=args.group_column,
+        k=args.k,
+        max_queries=args.max_queries,
+        title=args.title,
+    )
+    _say(f"{first[1]!r}: {path}")
+
+
 def methods_command(argv: Sequence[str]) -> None:
     """List the attribution methods, their settings and where they come from."""
     _parse("methods", (), argv)
@@ -268,6 +303,13 @@ COMMANDS = {
         "--dataset_name nyu-mll/glue --dataset_config_name sst2 --columns sentence label",
     ),
     "pull": Command(pull_command, "fetch them from the Hub", "--repo_id me/sst2-trak --output_file trak.safetensors"),
+    "report": Command(
+        report_command,
+        "a page of scores beside the data",
+        "--scores trak.safetensors grad_cos.safetensors --counterfactuals truth.safetensors "
+        "--model_name_or_path me/my-sst2-model --dataset_name nyu-mll/glue --dataset_config_name sst2 "
+        "--max_query_examples 100 --output_file report.html",
+    ),
     "methods": Command(methods_command, "list attribution methods and their settings"),
 }
 

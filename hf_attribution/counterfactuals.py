@@ -10,6 +10,7 @@ import numpy as np
 
 from hf_attribution.artefacts import first_non_finite, freeze
 from hf_attribution.errors import MismatchError, NonFiniteError
+from hf_attribution.notebook import html_view
 from hf_attribution.provenance import merge_provenance
 from hf_attribution.reliability import seed_agreement, spearman_brown
 from hf_attribution.rows import TabularArtefact, from_rows, to_rows
@@ -92,6 +93,15 @@ class Counterfactuals(TabularArtefact):
         num_subsets, num_seeds, num_queries = self.outputs.shape
         name = f", {self.protocol['name']}" if "name" in self.protocol else ""
         return f"Counterfactuals({num_subsets} subsets x {num_seeds} seeds x {num_queries} queries{name})"
+
+    def _repr_html_(self) -> str:
+        outputs = self.mean()
+        rows = [
+            [query, float(row.mean()), float(row.std()), float(row.min()), float(row.max())]
+            for query, row in enumerate(outputs[:5])
+        ]
+        facts = {**self.protocol, "seconds": self.provenance.get("seconds")}
+        return html_view(repr(self), facts, ["query", "mean output", "std over subsets", "least", "most"], rows)
 
     def mean(self) -> np.ndarray:
         """Return the mean over the seeds: float64 `[Q, M]`, what the metric takes as references."""

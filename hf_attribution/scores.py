@@ -12,6 +12,7 @@ import numpy as np
 from hf_attribution.artefacts import first_non_finite, freeze
 from hf_attribution.counterfactuals import Subsets
 from hf_attribution.errors import MismatchError, NonFiniteError
+from hf_attribution.notebook import html_view
 from hf_attribution.provenance import merge_provenance
 from hf_attribution.rows import TabularArtefact, from_rows, ranked_rows, to_rows
 from hf_attribution.seals import plain_json
@@ -86,6 +87,21 @@ class Scores(TabularArtefact):
         num_queries, num_examples = self.values.shape
         queries = "1 query" if num_queries == 1 else f"{num_queries} queries"
         return f"Scores({self.method}, {queries} x {num_examples} training examples)"
+
+    def _repr_html_(self) -> str:
+        shown = min(3, self.values.shape[1])
+        rows = [
+            [query, *(f"{i} ({row[i]:+.3g})" for end in (row, -row) for i in largest(end, shown).tolist())]
+            for query, row in enumerate(self.values[:5])
+        ]
+        names = [f"{kind} {rank + 1}" for kind in ("helpful", "harmful") for rank in range(shown)]
+        facts = {
+            "settings": self.settings,
+            "measured": self.provenance.get("measurement"),
+            "seconds": self.provenance.get("seconds"),
+            "scores": f"{self.values.min():.4g} to {self.values.max():.4g}",
+        }
+        return html_view(repr(self), facts, ["query", *names], rows)
 
     def predict(self, subsets: Subsets) -> np.ndarray:
         """Predict the output of each query after training on each subset: the sum of the subset's scores.

@@ -10,6 +10,7 @@ import numpy as np
 
 from hf_attribution.artefacts import freeze
 from hf_attribution.errors import MismatchError
+from hf_attribution.notebook import html_view
 from hf_attribution.rows import TabularArtefact, from_rows, to_rows
 from hf_attribution.seals import fingerprint, plain_json
 
@@ -273,6 +274,11 @@ class Subsets(TabularArtefact):
     def __repr__(self) -> str:
         name = f", {self.description['name']}" if "name" in self.description else ""
         return f"Subsets({len(self)} of {self.num_examples} examples, fraction {self.fraction:.3g}{name})"
+
+    def _repr_html_(self) -> str:
+        kept = np.count_nonzero(self.masks, axis=1)
+        sizes = f"{kept.min()} to {kept.max()} of {self.num_examples} examples"
+        return html_view(repr(self), {**self.description, "sizes": sizes})
 
     @property
     def num_examples(self) -> int:

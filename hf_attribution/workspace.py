@@ -121,7 +121,57 @@ def load_workspace(model_args: ModelArguments, data_args: DataArguments) -> Work
         ...     workspace.trained_model(), workspace.train, workspace.query, data_collator=workspace.data_collator
         ... )  # doctest: +SKIP
     """
-    source = {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code}
+    data = load_data(model_args, data_args)
+    source = _source(model_args)
+
+    def load() -> PreTrainedModel:
+        auto = _TASKS[data.task][0]
+        if model_args.from_scratch:
+            return auto.from_config(data.config, trust_remote_code=model_args.trust_remote_code)
+        return auto.from_pretrained(
+            model_args.model_name_or_path, config=data.config, dtype=model_args.dtype, **source
+        )
+
+    def load_again() -> PreTrainedModel:
+        with quiet_transformers():  # once is enough to say which weights are new
+            return load()
+
+    model = load()
+    return Workspace(
+        model=None if data.new_head else model,
+        model_init=load_again if data.new_head else None,
+        processing_class=data.processing_class,
+        train=data.train,
+        query=data.query,
+        data_collator=_collator(data.processing_class, data.task),
+        task=infer_task(model, model_args.measurement),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Training data and queries as a model takes them, without the model.
+
+    Attributes:
+        config: The model's, with a head for these labels.
+        task: The name of the task.
+        new_head: Whether the model, or its head, starts from new weights.
+        processing_class: The tokenizer or image processor.
+        train: The training data, preprocessed, with all their columns: N rows.
+        query: The queries, likewise: Q rows.
+    """
+
+    config: Any
+    task: str
+    new_head: bool
+    processing_class: Any
+    train: Dataset
+    query: Dataset
+
+
+def load_data(model_args: ModelArguments, data_args: DataArguments) -> Data:
+    """Load and preprocess the data as for `load_workspace`, without the model's weights; errors as there."""
+    source = _source(model_args)
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, **source)
     task = model_args.task or _task_of(config)
     splits = _splits(data_args, task)
@@ -137,27 +187,11 @@ def load_workspace(model_args: ModelArguments, data_args: DataArguments) -> Work
     if task != "image-classification":
         _pad_with_something(processor, config)
     splits = _preprocessed(splits, data_args, config, processor, task)
+    return Data(config, task, new_head, processor, splits["train"], splits["query"])
 
-    def load() -> PreTrainedModel:
-        auto = _TASKS[task][0]
-        if model_args.from_scratch:
-            return auto.from_config(config, trust_remote_code=model_args.trust_remote_code)
-        return auto.from_pretrained(model_args.model_name_or_path, config=config, dtype=model_args.dtype, **source)
 
-    def load_again() -> PreTrainedModel:
-        with quiet_transformers():  # once is enough to say which weights are new
-            return load()
-
-    model = load()
-    return Workspace(
-        model=None if new_head else model,
-        model_init=load_again if new_head else None,
-        processing_class=processor,
-        train=splits["train"],
-        query=splits["query"],
-        data_collator=_collator(processor, task),
-        task=infer_task(model, model_args.measurement),
-    )
+def _source(args: ModelArguments) -> dict[str, Any]:
+    return {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
 
 
 def checkpoints_for(method: Method, folders: Sequence[str] | None) -> list[Checkpoint] | list[str] | None:

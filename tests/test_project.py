@@ -20,6 +20,7 @@ LAYERS = (
         "artefacts",
         "rows",
         "provenance",
+        "notebook",
         "reliability",
         "scores",
         "top_scores",
