@@ -6,6 +6,7 @@
 
 Sections:
   features   projected gradients of the demo's three models against one plain forward and backward pass over the rows
+  processes  features by two processes of a launch against one, each with one thread; for a quiet machine
   memory     peak memory of the same for N and 4 N rows
   trak       TRAK (one model) against one training of a small CNN, beside `traker` and `dattri` where they install
   ekfac      EK-FAC and K-FAC against one training of a small CNN and of a small BERT, beside `kronfluence`
@@ -19,6 +20,7 @@ Sections:
   unroll     sweeps through a recorded training of a CNN, a ViT and a GPT-2 against its steps, beside double backward
 """
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -49,11 +51,13 @@ from hf_attribution.gradients.per_example import PerExampleGradients
 from hf_attribution.gradients.projections import Projection
 from hf_attribution.gradients.stored import StoredProducts, StoredScores
 from hf_attribution.methods.knn_shapley import knn_shapley_scores
+from hf_attribution.processes import from_main, gather, is_main, sharing
 from hf_attribution.store import FeatureStore, FeatureWriter, Manifest
 from hf_attribution.tasks import infer_task
 
 SECTIONS = (
     "features",
+    "processes",
     "memory",
     "trak",
     "influence",
@@ -88,6 +92,9 @@ class Arguments:
     memory_of: str | None = dataclasses.field(
         default=None, metadata={"help": "Internal: measure one act in a process."}
     )
+    shared_features_of: str | None = dataclasses.field(
+        default=None, metadata={"help": "Internal: one process of a launch, for the features of an act."}
+    )
     memory_copies: int = dataclasses.field(default=1, metadata={"help": "Internal: how often its rows are repeated."})
 
 
@@ -96,6 +103,9 @@ def main() -> None:
     options: Any = Arguments
     (arguments,) = HfArgumentParser(options).parse_args_into_dataclasses()
     torch.set_num_threads(arguments.threads)
+    if arguments.shared_features_of is not None:
+        time_shared_features(arguments)
+        return
     if arguments.memory_of is not None:
         print(json.dumps(measure_memory(arguments)))
         return
@@ -104,6 +114,7 @@ def main() -> None:
         console.rule(section)
         {
             "features": benchmark_features,
+            "processes": benchmark_processes,
             "memory": benchmark_memory,
             "trak": benchmark_trak,
             "influence": benchmark_influence,
@@ -172,6 +183,45 @@ def benchmark_features(arguments: Arguments, console: Console) -> None:
             type(model).__name__, f"{trainable:,}", str(len(split)), f"{statistics.median(plain):.2f}",
             f"{statistics.median(ours):.2f}", f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
         )  # fmt: skip
+    console.print(table)
+
+
+def time_shared_features(arguments: Arguments) -> None:
+    """The seconds that the processes of a launch take together for the features of an act, once they are warm."""
+    model, task, split = prepare(arguments.shared_features_of or "")
+    gradients = PerExampleGradients(model, task.gains, split.probe())
+    seconds = []
+    with sharing("features"), contextlib.ExitStack() as stack:
+        folder = from_main(lambda: stack.enter_context(tempfile.TemporaryDirectory()))
+        for turn in range(1 + arguments.repeats):
+            gather("ready")
+            started = time.perf_counter()
+            compute_features(
+                Path(folder) / str(turn), split, gradients, Projection(arguments.dim), {}, torch.device("cpu"), False
+            )
+            seconds.append(time.perf_counter() - started)
+        if is_main():
+            print(json.dumps(seconds[1:]))
+        gather("done")
+
+
+def benchmark_processes(arguments: Arguments, console: Console) -> None:
+    """Features by two processes of `accelerate launch` against one, each with one thread."""
+    several = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *several, "--dynamo_backend", "no"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    table = Table("act", "one process, s", "two, s", "times faster")
+    for act in ACTS:
+        options = [__file__, "--shared_features_of", act, "--repeats", str(arguments.repeats)]
+        seconds = []
+        for command in ([sys.executable], launch):
+            output = subprocess.run(
+                [*command, *options, "--dim", str(arguments.dim)], check=True, capture_output=True, text=True,
+                env=environment,
+            )  # fmt: skip
+            found = next(line for line in output.stdout.splitlines() if line.startswith("["))
+            seconds.append(statistics.median(json.loads(found)))
+        table.add_row(act, f"{seconds[0]:.2f}", f"{seconds[1]:.2f}", f"{seconds[0] / seconds[1]:.2f}")
     console.print(table)
 
 

@@ -60,7 +60,8 @@ def test_killed_at_any_point_it_resumes_to_the_same_bits(tmp_path):
             expected, found = np.load(whole / f"{process}.npz"), np.load(parts / f"{process}.npz")
             for name in expected:
                 np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
-    stored = [sorted((tmp_path / f"{n}-whole" / "cache" / "features").rglob("*.bin")) for n in (1, 2)]
+    stored = [sorted((tmp_path / f"{n}-whole" / "cache" / "features").rglob("*.arrow")) for n in (1, 2)]
+    assert len(stored[0]) == 2
     assert [path.read_bytes() for path in stored[0]] == [path.read_bytes() for path in stored[1]]
 
 
