@@ -83,6 +83,7 @@ class AttributeArguments:
         },
     )
     batch_size: int = option("Rows in a batch. It does not change the scores.", 32)
+    batch_tokens: int | None = option("Tokens in a batch, padding included, instead of batch_size rows.")
     cache_dir: str | None = option("Folder that keeps projected gradients for the next call. By default deleted.")
     output_file: str = option("Where the scores are written.", "scores.safetensors")
 

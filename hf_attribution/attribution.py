@@ -46,6 +46,7 @@ class Setup(TypedDict, total=False):
     data_collator: Callable[[list[Any]], Mapping[str, Any]] | None
     checkpoints: Ensemble | Sequence[str | Path | nn.Module | Checkpoint] | None
     batch_size: int
+    batch_tokens: int | None
     cache_dir: str | Path | None
     remove_unused_columns: bool
     progress: bool
@@ -62,6 +63,7 @@ def attribute(
     data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
     checkpoints: Ensemble | Sequence[str | Path | nn.Module | Checkpoint] | None = None,
     batch_size: int = 32,
+    batch_tokens: int | None = None,
     cache_dir: str | Path | None = None,
     remove_unused_columns: bool = True,
     progress: bool = True,
@@ -83,7 +85,8 @@ def attribute(
         data_collator: The collator of training; by default transformers' `default_data_collator`.
         checkpoints: Weights to attribute with, as an ensemble, folders or models, instead of the model's own: several
             independently trained models, or the checkpoints of a run. A method averages over them.
-        batch_size: Rows in a batch. It does not change the scores.
+        batch_size: Rows in a batch. It does not change the scores. Where memory runs out, halves are tried.
+        batch_tokens: Tokens in a batch, padding included, instead of `batch_size`: for texts of different lengths.
         cache_dir: Where projected gradients are kept and found again; by default they are deleted at the end.
         remove_unused_columns: Drop columns that the model's `forward` does not take, as the Trainer does.
         progress: Whether to show progress bars.
@@ -110,7 +113,7 @@ def attribute(
     started = time.perf_counter()
     with sharing("attribute"), _problem(
         model, train_dataset, query_dataset, task, data_collator, checkpoints, batch_size, cache_dir,
-        remove_unused_columns, progress, store_dtype,
+        remove_unused_columns, progress, store_dtype, batch_tokens,
     ) as (problem, used_subsets):  # fmt: skip
         problem = dataclasses.replace(problem, run=run, train_masked=train_masked)
         scored = _score(chosen, problem)
@@ -197,7 +200,7 @@ def attribute_parts(
             of the model does.
         method: A method whose scores are such sums: `"grad_dot"`, `"tracin"`, `"diagonal"`, `"kfac"`, `"ekfac"` or
             `"datainf"`, by name or with settings.
-        **setup: As for `attribute`: `task`, `data_collator`, `checkpoints`, `batch_size`, `cache_dir`,
+        **setup: As for `attribute`: `task`, `data_collator`, `checkpoints`, `batch_size`, `batch_tokens`, `cache_dir`,
             `remove_unused_columns`, `progress`, `store_dtype`.
 
     Returns:
@@ -240,7 +243,7 @@ def self_influence(
         model: The trained model, on the device to compute on.
         train_dataset: What it was trained on, preprocessed: N rows.
         method: A name in `METHODS` of a method that compares gradients, or such a method with settings.
-        **setup: As for `attribute`: `task`, `data_collator`, `checkpoints`, `batch_size`, `cache_dir`,
+        **setup: As for `attribute`: `task`, `data_collator`, `checkpoints`, `batch_size`, `batch_tokens`, `cache_dir`,
             `remove_unused_columns`, `progress`, `store_dtype`.
 
     Returns:
@@ -307,6 +310,7 @@ def _problem(
     remove_unused_columns: bool = True,
     progress: bool = True,
     store_dtype: str = "float32",
+    batch_tokens: int | None = None,
 ) -> Iterator[tuple[Problem, dict[str, Any]]]:
     """The problem that a method is given, tried on two examples, and the subsets that its models were trained on."""
     model = _whole(model)
@@ -316,8 +320,12 @@ def _problem(
     for name, dataset in (("train", train_dataset), ("query", query_dataset)):
         kept = used_columns(dataset, model) if remove_unused_columns else dataset
         # Queries are rows to come back to; only where they stand for the training data may they be a stream.
-        kind = StreamSplit if is_stream(dataset) and dataset is train_dataset else Split
-        splits.append(kind(kept, collator, batch_size, name))
+        if is_stream(dataset) and dataset is train_dataset:
+            if batch_tokens is not None:
+                raise UnsupportedError("A stream is read in its order, without a look at lengths: give batch_size.")
+            splits.append(StreamSplit(kept, collator, batch_size, name))
+        else:
+            splits.append(Split(kept, collator, batch_size, name, batch_tokens=batch_tokens))
     used_subsets: dict[str, Any] = {}
     if isinstance(checkpoints, Ensemble):
         checkpoints.check_trained_on(splits[0])

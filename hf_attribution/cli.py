@@ -99,6 +99,7 @@ def attribute_command(argv: Sequence[str]) -> None:
         data_collator=workspace.data_collator,
         checkpoints=checkpoints,
         batch_size=args.batch_size,
+        batch_tokens=args.batch_tokens,
         cache_dir=args.cache_dir,
     )
     if state().is_main_process:  # of a launch; all have the same scores

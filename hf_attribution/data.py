@@ -3,20 +3,26 @@
 import functools
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import xxhash
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import Subset
+from transformers.utils import logging
 
 from hf_attribution.errors import MismatchError, UnsupportedError
 from hf_attribution.inputs import forward_arguments
 from hf_attribution.processes import share
 from hf_attribution.seeds import derive_seed, random_state, seeded
+
+logger = logging.get_logger(__name__)
+
+T = TypeVar("T")
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 
@@ -33,6 +39,14 @@ class Batch(NamedTuple):
         """The batch with its tensors on a device; the indices stay where they are."""
         moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in self.inputs.items()}
         return Batch(self.indices, moved)
+
+    def part(self, where: slice) -> "Batch":
+        """Some rows of the batch, padded as they are."""
+        inputs = {
+            key: value[where] if isinstance(value, Tensor) and value.shape[:1] == self.indices.shape else value
+            for key, value in self.inputs.items()
+        }
+        return Batch(self.indices[where], inputs)
 
 
 # Bytes up to which the rows of a dataset are kept in memory: methods read them many times, and `datasets` takes longer
@@ -56,9 +70,10 @@ class Split:
         batch_size: Rows in a batch.
         name: What error messages call it, `"train"` or `"query"`.
         seed: Seed of the rows' own draws.
+        batch_tokens: Tokens in a batch, padding included, instead of `batch_size`: many short rows, or few long ones.
 
     Raises:
-        ValueError: If the dataset is empty.
+        ValueError: If the dataset is empty, or `batch_tokens` is given and it has no `input_ids`.
         UnsupportedError: If the dataset has no length, or the collator keeps random state of its own.
 
     Example:
@@ -70,9 +85,17 @@ class Split:
     """
 
     streamed: ClassVar[bool] = False
+    batch_tokens: int | None = None
+    _most_rows: int | None = None
 
     def __init__(
-        self, dataset: Any, collator: Collator, batch_size: int = 32, name: str = "train", seed: int = 0
+        self,
+        dataset: Any,
+        collator: Collator,
+        batch_size: int = 32,
+        name: str = "train",
+        seed: int = 0,
+        batch_tokens: int | None = None,
     ) -> None:
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise UnsupportedError(
@@ -83,8 +106,16 @@ class Split:
             raise ValueError(f"The {name} dataset is empty.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+        if batch_tokens is not None and batch_tokens < 1:
+            raise ValueError(f"batch_tokens must be at least 1, not {batch_tokens}.")
         self.dataset, self.collator, self.batch_size, self.name, self.seed = dataset, collator, batch_size, name, seed
+        self.batch_tokens = batch_tokens
         self._kept: dict[int, Any] = {}
+        if batch_tokens is not None and self._lengths is None:
+            raise ValueError(
+                f"batch_tokens={batch_tokens} counts the column input_ids, which the {name} dataset has not: give "
+                "batch_size."
+            )
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -117,9 +148,60 @@ class Split:
             drawn = self._drawn_batches(order)
             yield from part(batch for batch in drawn if skip is None or not skip[batch.indices].all())
         else:
-            chunks = (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
-            for indices in part(chunk for chunk in chunks if skip is None or not skip[chunk].all()):
+            for indices in part(chunk for chunk in self._row_chunks(order) if skip is None or not skip[chunk].all()):
                 yield Batch(torch.from_numpy(indices), dict(self.collator(self._read(indices.tolist()))))
+
+    def in_parts(self, function: Callable[[Batch], T], batch: Batch) -> list[T]:
+        """What a function makes of a batch, or of its halves, quarters, ... once memory has run out.
+
+        How many rows fit is remembered for the batches that follow; what was finished is kept.
+
+        Args:
+            function: Takes a batch of any number of rows.
+            batch: The batch.
+
+        Returns:
+            What the function returned, by rows in order.
+
+        Raises:
+            RuntimeError: If a single row does not fit in memory; the message names it.
+        """
+        found: list[T] = []
+        start, total = 0, len(batch.indices)
+        rows = min(total, self._most_rows or total)
+        while start < total:
+            part = batch.part(slice(start, start + rows))
+            try:
+                found.append(function(part))
+                start += rows
+                continue
+            except RuntimeError as error:
+                if not runs_out_of_memory(error):
+                    raise
+                if rows == 1:
+                    raise type(error)(
+                        f"{self.name} row {int(part.indices[0])} alone does not fit in memory: shorten it, or take "
+                        f"fewer parameters with modules=[...]. {error}"
+                    ) from error
+            # Not in the handler: its traceback holds the tensors that are in the way.
+            clear_device_cache(garbage_collection=True)
+            rows = self._most_rows = (rows + 1) // 2
+            logger.warning(f"Out of memory: going on with batches of at most {rows} {self.name} rows.")
+        return found
+
+    def _row_chunks(self, order: np.ndarray) -> Iterator[np.ndarray]:
+        """The rows of each batch."""
+        start = 0
+        while start < len(order):
+            rows = self._capacity(order[start])
+            yield order[start : start + rows]
+            start += rows
+
+    def _capacity(self, longest: int) -> int:
+        """How many rows a batch holds of which this row is the longest."""
+        if self.batch_tokens is None or self._lengths is None:
+            return self.batch_size
+        return max(1, self.batch_tokens // max(1, int(self._lengths[longest])))
 
     def _read(self, indices: list[int]) -> list[Any]:
         """Rows that are always the same, kept for the next pass where all of them are small."""
@@ -139,7 +221,9 @@ class Split:
         waiting: list[tuple[int, dict[str, Any]]] = []
         for index in order:
             inputs = self._drawn(int(index))
-            if waiting and (len(waiting) == self.batch_size or _shapes(waiting[0][1]) != _shapes(inputs)):
+            if waiting and (
+                len(waiting) == self._capacity(waiting[0][0]) or _shapes(waiting[0][1]) != _shapes(inputs)
+            ):
                 yield _stack(waiting)
                 waiting = []
             waiting.append((int(index), inputs))
@@ -211,9 +295,13 @@ class Split:
 
     @functools.cached_property
     def _order(self) -> np.ndarray:
-        lengths = _lengths(self.dataset)
+        lengths = self._lengths
         # Longest first, so that running out of memory happens at once or never; stable, so that it is one order.
         return np.arange(len(self)) if lengths is None else np.argsort(-lengths, kind="stable")
+
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray | None:
+        return _lengths(self.dataset)
 
     def _drawn(self, index: int, seed: int | None = None) -> dict[str, Any]:
         with seeded(derive_seed(self.seed, index) if seed is None else seed):
@@ -223,6 +311,11 @@ class Split:
 def select_rows(dataset: Any, indices: np.ndarray) -> Any:
     """Rows of any map-style dataset, as one."""
     return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices.tolist())
+
+
+def runs_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that the memory of a GPU, or of the machine, is used up."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def used_columns(dataset: Any, model: nn.Module) -> Any:

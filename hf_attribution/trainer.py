@@ -85,6 +85,7 @@ class AttributionMixin(RecordedTraining):
         batch_size: int | None = None,
         cache_dir: str | Path | None = None,
         recording: str | Path | None = None,
+        batch_tokens: int | None = None,
     ) -> Scores:
         """Attribute the model's outputs on queries to its training examples.
 
@@ -100,6 +101,7 @@ class AttributionMixin(RecordedTraining):
             cache_dir: Where projected gradients are kept and found again; by default they are deleted at the end.
             recording: For methods that differentiate through a training (`"unroll"`), the folder it was recorded in;
                 by default this trainer's own. For `"smoothed_unroll"` the folder of its trainings.
+            batch_tokens: Tokens in a batch, padding included, instead of `batch_size`.
 
         Returns:
             Scores `[Q, N]`, positive where including the example raises the measured output.
@@ -111,7 +113,7 @@ class AttributionMixin(RecordedTraining):
             >>> scores = trainer.attribute(test, method="trak")  # doctest: +SKIP
             >>> scores.top(k=5)  # doctest: +SKIP
         """
-        settings = self._attribution_settings(method, checkpoints, task, batch_size, cache_dir)
+        settings = self._attribution_settings(method, checkpoints, task, batch_size, cache_dir, batch_tokens)
         if settings["method"].needs_run:
             own = self.recording_dir or Path(str(self.args.output_dir), RECORDING_DIR)
             settings["run"] = RecordedRun.open(recording if recording is not None else own, self)
@@ -253,6 +255,7 @@ class AttributionMixin(RecordedTraining):
         task: Task | None,
         batch_size: int | None,
         cache_dir: str | Path | None,
+        batch_tokens: int | None = None,
     ) -> dict[str, Any]:
         chosen = get_method(method)
         sources: Ensemble | Sequence[Any] | None = checkpoints
@@ -264,6 +267,7 @@ class AttributionMixin(RecordedTraining):
             "data_collator": self.data_collator,
             "checkpoints": sources,
             "batch_size": batch_size if batch_size is not None else self.args.per_device_eval_batch_size,
+            "batch_tokens": batch_tokens,
             "cache_dir": cache_dir,
             "remove_unused_columns": self.args.remove_unused_columns,
             "progress": not self.args.disable_tqdm,

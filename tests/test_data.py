@@ -389,3 +389,79 @@ def test_datasets_that_cannot_be_indexed():
 def test_a_split_can_be_copied():
     split = Split(text_rows(), masking(), 3)
     assert by_row(copy.deepcopy(split)) == by_row(split)
+
+
+# ---------------------------------------------------------------- budgets of tokens, and of memory
+
+
+def texts_of_lengths(lengths):
+    return datasets.Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
+
+
+def pad(rows):
+    longest = max(len(row["input_ids"]) for row in rows)
+    return {"input_ids": torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows])}
+
+
+def test_a_budget_of_tokens_makes_many_short_rows_or_few_long_ones():
+    lengths = [3, 50, 1, 7, 7, 2, 120, 0, 1, 5]
+    split = Split(texts_of_lengths(lengths), pad, batch_tokens=24)
+    batches = list(split.batches())
+    assert sorted(index for batch in batches for index in batch.indices.tolist()) == list(range(10))
+    for batch in batches:
+        assert len(batch.indices) == 1 or batch.inputs["input_ids"].numel() <= 24
+    assert [len(batch.indices) for batch in batches] == [1, 1, 3, 5]
+    only = np.array(lengths) < 7
+    assert [len(batch.indices) for batch in split.batches(only=only)] == [4, 2]
+
+
+def test_a_budget_of_tokens_holds_for_collators_that_draw():
+    def draw(rows):
+        inputs = pad(rows)
+        return {**inputs, "noise": torch.rand(len(rows))}
+
+    split = Split(texts_of_lengths([4] * 7 + [2]), draw, batch_tokens=12)
+    assert [len(batch.indices) for batch in split.batches()] == [3, 3, 1, 1]
+
+
+def test_a_budget_of_tokens_needs_tokens():
+    with pytest.raises(ValueError, match="input_ids"):
+        Split(datasets.Dataset.from_dict({"x": [1.0]}), default_data_collator, batch_tokens=5)
+    with pytest.raises(ValueError, match="batch_tokens must be at least 1"):
+        Split(texts_of_lengths([1]), pad, batch_tokens=0)
+
+
+class Memory:
+    """Computes on batches of at most `rows` rows, and counts its calls."""
+
+    def __init__(self, rows, message="CUDA out of memory. Tried to allocate 2 GiB"):
+        self.rows, self.message, self.calls = rows, message, []
+
+    def __call__(self, batch):
+        self.calls.append(len(batch.indices))
+        if len(batch.indices) > self.rows:
+            raise RuntimeError(self.message)
+        return batch.inputs["x"] * 2
+
+
+@pytest.mark.parametrize(
+    "message", ["CUDA out of memory. Tried", "[enforce] DefaultCPUAllocator: can't allocate memory"]
+)
+def test_batches_are_halved_where_memory_runs_out(message):
+    split = Split(
+        datasets.Dataset.from_dict({"x": [float(i) for i in range(21)]}), default_data_collator, batch_size=10
+    )
+    memory = Memory(3, message)
+    found = [torch.cat(split.in_parts(memory, batch)) for batch in split.batches()]
+    assert torch.cat(found).tolist() == [2.0 * i for i in range(21)]
+    # What fits is remembered, and nothing that was finished is done again.
+    assert memory.calls == [10, 5, 3, 3, 3, 1, 3, 3, 3, 1, 1]
+
+
+def test_a_row_that_does_not_fit_is_named_and_other_errors_are_not_hidden():
+    split = Split(datasets.Dataset.from_dict({"x": [0.0, 1.0, 2.0]}), default_data_collator)
+    (batch,) = split.batches()
+    with pytest.raises(RuntimeError, match="train row 0 alone does not fit"):
+        split.in_parts(Memory(0), batch)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        Split(split.dataset, default_data_collator).in_parts(Memory(1, "shape mismatch"), batch)

@@ -86,7 +86,10 @@ class MeanInverse:
 
     def _batches(self, what: str, shared: bool) -> "tqdm[Gradients]":
         device, gradients = self.train.gradients.device, self.train.gradients
-        batches = (gradients(batch.to(device)) for batch in self.train.split.batches(shared=shared))
+        split = self.train.split
+        batches = (
+            part for batch in split.batches(shared=shared) for part in split.in_parts(gradients, batch.to(device))
+        )
         return tqdm(batches, desc=what, leave=False, disable=not self.progress)
 
 

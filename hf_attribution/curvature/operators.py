@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_attribution.data import Split
+from hf_attribution.data import Batch, Split
 from hf_attribution.gradients.held import Source
 from hf_attribution.gradients.per_example import Function
 from hf_attribution.processes import add_up
@@ -112,13 +112,17 @@ class HessianOperator:
         ]
         total = torch.zeros_like(vectors)
         for batch in self.split.batches(shared=True):
-            # Fused attention has no second derivative.
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                loss = self.losses(self.model, batch.to(vectors.device).inputs).sum()
-                gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
-                total += self._differentiate(gradients, cotangents)
+            for part in self.split.in_parts(lambda rows: self._product(rows, cotangents), batch.to(vectors.device)):
+                total += part
         add_up(total)
         return total + self.ridge * vectors
+
+    def _product(self, batch: Batch, cotangents: Sequence[Tensor]) -> Tensor:
+        # Fused attention has no second derivative.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            loss = self.losses(self.model, batch.inputs).sum()
+            gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
+            return self._differentiate(gradients, cotangents)
 
     def _differentiate(self, gradients: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor:
         # A gradient that is constant in the parameters has no graph, and adds nothing.

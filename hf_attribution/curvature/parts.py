@@ -1,6 +1,7 @@
 """Inner products of gradients, part by part of a training example: its modules' share, or its tokens'."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -106,16 +107,19 @@ def part_products(
     """
     values = np.zeros((len(queries.split), len(layout.examples)), dtype=np.float32)
     starts = np.searchsorted(layout.examples, np.arange(len(train.split)))
+
+    def computed(batch: Batch) -> tuple[Batch, Gradients]:
+        return batch, train.gradients(batch)
+
     probe = train.gradients(train.split.probe().to(train.gradients.device))
     blocks = make_blocks(model, probe, train.gradients.parameters)
     total = len(queries.split) * len(train.split)
     with tqdm(total=total, desc="gradient products", unit="pairs", leave=False, disable=not progress) as bar:
         for block in gradient_blocks(queries):
             directions = preconditioner(block)
-            for batch in train.split.batches(shared=True):
-                batch = batch.to(train.gradients.device)
-                gradients = train.gradients(batch)
-                for part in directions:
+            for whole in train.split.batches(shared=True):
+                found_parts = train.split.in_parts(computed, whole.to(train.gradients.device))
+                for part, (batch, gradients) in itertools.product(directions, found_parts):
                     if layout.names:
                         found = _by_module(part, gradients, layout.names)
                         columns = starts[batch.indices.numpy()][:, None] + np.arange(len(layout.names))

@@ -76,7 +76,7 @@ class CurvatureRows:
         for batch in self.split.batches(skip, shared=shared):
             prepared = self._prepared(batch)
             for gradients in self.gradients:
-                yield gradients(prepared)
+                yield from self.split.in_parts(gradients, prepared)
 
     def probe(self) -> Gradients:
         """The rows of two examples."""

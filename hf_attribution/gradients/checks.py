@@ -4,6 +4,7 @@ import difflib
 import fnmatch
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from hf_attribution.errors import NonFiniteError, UnsupportedError
@@ -64,6 +65,45 @@ def refuse_batch_statistics(model: nn.Module) -> None:
             f"{mixing} uses the statistics of the batch, so an example has no gradient of its own: call model.eval() "
             "(with running statistics), or use GroupNorm."
         )
+
+
+def refuse_wrong_backward(model: nn.Module) -> None:
+    """Refuse quantised layers through which gradients do not come back as they should.
+
+    Some libraries repack quantised weights for inference, and what runs before them learns nothing from then on, or
+    something wrong. A layer is linear: `⟨u, f(x + v) - f(x)⟩` must be `⟨uᵀJ, v⟩` for random x, v and u.
+
+    Args:
+        model: The model, in the mode in which gradients will be taken.
+
+    Raises:
+        UnsupportedError: The message names the first such layer.
+    """
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        quantised = isinstance(weight, nn.Parameter) and not weight.is_floating_point() and not weight.is_complex()
+        if quantised and hasattr(module, "in_features") and not _carries_gradients(module):
+            raise UnsupportedError(
+                f"Gradients through the quantised layer {name} ({type(module).__name__}) are wrong on "
+                f"{next(module.parameters()).device} with this version of its library: load the model "
+                "dequantised (without quantization_config, or model.dequantize()), or run on a GPU."
+            )
+
+
+def _carries_gradients(module: nn.Module) -> bool:
+    draw = torch.Generator().manual_seed(0)
+    device, width = next(module.parameters()).device, int(module.in_features)  # type: ignore[arg-type]
+    x, v = (torch.randn(4, width, generator=draw).to(device) for _ in range(2))
+    with torch.no_grad():
+        step = module(x + v).float() - module(x).float()
+    with torch.enable_grad():
+        leaf = x.clone().requires_grad_(True)
+        output = module(leaf)
+        if not output.requires_grad:
+            return False
+        (back,) = torch.autograd.grad(output, leaf, step.to(output.dtype))
+    expected = step.square().sum()
+    return bool((expected - (back.float() * v).sum()).abs() <= 0.05 * expected)
 
 
 def refuse_non_finite(values: Tensor, indices: Tensor, what: str) -> None:

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_attribution.data import Batch
 from hf_attribution.gradients import products
 from hf_attribution.gradients.checks import refuse_non_finite
 from hf_attribution.gradients.held import Held, Source, concatenate, hold
@@ -103,16 +105,17 @@ def gradient_blocks(source: Source, shared: bool = False) -> Iterator[list[Gradi
     block: list[Gradients] = []
     held = 0
     for batch in source.split.batches(shared=shared):
-        gradients = source.gradients(batch.to(source.gradients.device))
-        start = 0
-        while start < len(gradients.indices):
-            part = rows_of(gradients, slice(start, start + size - held))
-            block.append(part)
-            held, start = held + len(part.indices), start + len(part.indices)
-            if held == size:
-                yield block
-                block, held = [], 0
-        del gradients, part  # whoever takes a block may clear it, to have its memory back
+        parts = source.split.in_parts(source.gradients, batch.to(source.gradients.device))
+        while parts:
+            gradients, start = parts.pop(0), 0
+            while start < len(gradients.indices):
+                part = rows_of(gradients, slice(start, start + size - held))
+                block.append(part)
+                held, start = held + len(part.indices), start + len(part.indices)
+                if held == size:
+                    yield block
+                    block, held = [], 0
+            del gradients, part  # whoever takes a block may clear it, to have its memory back
     if block:
         yield block
 
@@ -141,12 +144,14 @@ def _directions(queries: Source, preconditioner: Preconditioner, rank: int | Non
 
 def _products(directions: Held, train: Source, bar: tqdm) -> np.ndarray:
     found = np.zeros((len(directions), len(train.split)), dtype=np.float32)
+
+    def products_with(batch: Batch) -> Tensor:
+        return directions.products(hold(_packed(train.gradients(batch))))
+
     for batch in train.split.batches(shared=True):
-        gradients = _packed(train.gradients(batch.to(train.gradients.device)))
-        values = directions.products(hold(gradients))
-        gradients.terms.clear()  # before the next batch needs memory for its own
-        refuse_non_finite(values.T, gradients.indices, "An inner product with the gradient")
-        found[:, gradients.indices.numpy()] = values.cpu().numpy()
+        values = torch.cat(train.split.in_parts(products_with, batch.to(train.gradients.device)), dim=1)
+        refuse_non_finite(values.T, batch.indices, "An inner product with the gradient")
+        found[:, batch.indices.numpy()] = values.cpu().numpy()
         bar.update(values.numel() * count())
     add_up(found)
     return found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_attribution.data import Split
+from hf_attribution.data import Batch, Split
 from hf_attribution.errors import ArtefactError
 from hf_attribution.gradients.checks import refuse_non_finite
 from hf_attribution.gradients.moments import DividedGradients
@@ -96,14 +96,19 @@ def _projected_rows(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Dataset positions `[B]`, projected gradients `[B, dim]` and values `[B]` of this process's share of a split."""
     shapes = {name: parameter.shape for name, parameter in gradients.parameters.items()}
-    for batch in split.batches(skip=skip, shared=True):
-        found = gradients(batch.to(device))
+
+    def project(batch: Batch) -> tuple[Tensor, Tensor]:
+        found = gradients(batch)
         projected = projection(found, shapes)
         if not projected.isfinite().all():
             for name, terms in found.terms.items():
                 for term in terms:
                     refuse_non_finite(term.dense(), batch.indices, f"The gradient of {name}")
-        yield batch.indices, projected, found.values
+        return projected, found.values
+
+    for batch in split.batches(skip=skip, shared=True):
+        projected, values = zip(*split.in_parts(project, batch.to(device)), strict=True)
+        yield batch.indices, torch.cat(projected), torch.cat(values)
 
 
 def _longest_beginning(path: Path, wanted: Manifest, split: Split) -> FeatureStore | None:

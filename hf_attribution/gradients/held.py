@@ -93,7 +93,8 @@ class Source:
     def batches(self, skip: np.ndarray | None = None, shared: bool = False) -> Iterator[Held]:
         """The gradients of all rows, or of this process's share, batch by batch, without batches of skipped rows."""
         for batch in self.split.batches(skip, self.only, shared):
-            yield concatenate([hold(self.gradients(batch.to(self.gradients.device)))])
+            found = self.split.in_parts(self.gradients, batch.to(self.gradients.device))
+            yield concatenate([hold(gradients) for gradients in found])
 
 
 def hold(gradients: Gradients) -> Held:

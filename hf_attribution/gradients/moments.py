@@ -90,11 +90,12 @@ def second_moments(source: Source) -> SecondMoments:
         name: parameter.new_zeros(parameter.numel() // len(rows[name])) for name, parameter in parameters.items()
     }
     for batch in source.split.batches(only=source.only, shared=True):
-        for name, terms in source.gradients(batch.to(source.gradients.device)).terms.items():
-            for term in terms:
-                row, column = _squares(term, len(rows[name]))
-                rows[name] += row / (number * len(columns[name]))
-                columns[name] += column / (number * len(rows[name]))
+        for gradients in source.split.in_parts(source.gradients, batch.to(source.gradients.device)):
+            for name, terms in gradients.terms.items():
+                for term in terms:
+                    row, column = _squares(term, len(rows[name]))
+                    rows[name] += row / (number * len(columns[name]))
+                    columns[name] += column / (number * len(rows[name]))
     add_up(*rows.values(), *columns.values())
     sizes = [parameter.numel() for parameter in parameters.values()]
     overall = sum(row.mean() * size for row, size in zip(rows.values(), sizes, strict=True)) / sum(sizes)

@@ -10,9 +10,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.utils import logging
 
-from hf_attribution.data import Batch
+from hf_attribution.data import Batch, runs_out_of_memory
 from hf_attribution.errors import NonFiniteError, UnsupportedError
-from hf_attribution.gradients.checks import chosen_parameters, refuse_batch_statistics, refuse_non_finite
+from hf_attribution.gradients.checks import (
+    chosen_parameters,
+    refuse_batch_statistics,
+    refuse_non_finite,
+    refuse_wrong_backward,
+)
 from hf_attribution.gradients.rules import Call, Rule, by_example, output_tensors, rule_for, shared_arguments
 from hf_attribution.gradients.terms import Dense, Term, dense
 
@@ -69,6 +74,7 @@ class PerExampleGradients:
         self, model: nn.Module, function: Function, probe: Batch, modules: Sequence[str] | None = None
     ) -> None:
         refuse_batch_statistics(model)
+        refuse_wrong_backward(model)
         self.model, self.function = model, function
         self.parameters = chosen_parameters(model, modules)
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -122,9 +128,9 @@ class PerExampleGradients:
             try:
                 with torch.no_grad():
                     self._apply(call, terms)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:
+                if isinstance(error, RuntimeError) and runs_out_of_memory(error):
+                    raise
                 # A rule that cannot be applied is one that does not agree: tokens routed to an expert, say.
                 failed.update(self._canonical(call.module))
                 logger.info(f"{type(call.module).__name__}: {error}")
@@ -199,7 +205,7 @@ class PerExampleGradients:
         examples = []
         for row in range(len(batch.indices)):
             with torch.enable_grad():
-                value = self._values(_row(batch, row)).sum()
+                value = self._values(batch.part(slice(row, row + 1))).sum()
             examples.append(torch.autograd.grad(value, parameters, materialize_grads=True))
         stacked = [torch.stack(column) for column in zip(*examples, strict=True)]
         return {name: [Dense(value)] for name, value in zip(self._one_by_one, stacked, strict=True)}
@@ -231,7 +237,7 @@ class PerExampleGradients:
     def _refuse_mixed_examples(self, probe: Batch, together: Tensor) -> None:
         """Refuse examples whose values depend on which others are in the batch, or on chance."""
         with torch.no_grad():
-            alone = torch.cat([self._values(_row(probe, row)) for row in range(len(together))])
+            alone = torch.cat([self._values(probe.part(slice(row, row + 1))) for row in range(len(together))])
         if (alone - together).abs().max() > (5e-2 if self._in_half_precision else 1e-3) * together.abs().max():
             raise UnsupportedError(
                 f"The value of row {int(probe.indices[0])} is {float(together[0]):.6g} in a batch of two and "
@@ -266,15 +272,6 @@ class PerExampleGradients:
 
     def _canonical(self, module: nn.Module) -> list[str]:
         return [self._names[id(module.get_parameter(name))] for name in self._own_names[module]]
-
-
-def _row(batch: Batch, row: int) -> Batch:
-    """One example of a batch."""
-    inputs = {
-        key: value[row : row + 1] if isinstance(value, Tensor) and value.shape[:1] == batch.indices.shape else value
-        for key, value in batch.inputs.items()
-    }
-    return Batch(batch.indices[row : row + 1], inputs)
 
 
 def _with_gradients(calls: list[tuple[Call, list[Any]]], values: Tensor) -> Iterator[Call]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_attribution.data import Split
+from hf_attribution.data import Batch, Split
 from hf_attribution.errors import NonFiniteError
 from hf_attribution.gradients.rules import output_tensors
 from hf_attribution.processes import in_order
@@ -35,11 +35,13 @@ def representations(model: nn.Module, task: Task, split: Split, layer: str | Non
     """
     states, device = torch.empty(0), next(model.parameters()).device
 
+    def pool(batch: Batch) -> Tensor:
+        seen = _capture(model, layer, functools.partial(task.forward, model, batch.inputs))
+        return _pool(seen, batch.inputs, pooling).float()
+
     def pooled_states() -> Iterator[tuple[Tensor, Tensor]]:
         for batch in split.batches(shared=True):
-            inputs = batch.to(device).inputs
-            seen = _capture(model, layer, functools.partial(task.forward, model, inputs))
-            yield batch.indices, _pool(seen, inputs, pooling).float()
+            yield batch.indices, torch.cat(split.in_parts(pool, batch.to(device)))
 
     for indices, pooled in in_order(pooled_states()):
         indices, pooled = indices.cpu(), pooled.cpu()
