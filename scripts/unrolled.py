@@ -3,10 +3,13 @@
 python scripts/unrolled.py speed    # seconds of sweeps and of recording, in training steps
 python scripts/unrolled.py lds      # LDS of unroll and smoothed_unroll under the fixed protocol
 python scripts/unrolled.py resampled    # the same under the resampled protocol, beside other methods, on a smaller CNN
+python scripts/unrolled.py resampled ViT FOLDER 12    # on a small transformer, with 12 runs, kept in a folder
 """
 
+import contextlib
 import dataclasses
 import datetime
+import math
 import sys
 import tempfile
 import time
@@ -111,6 +114,15 @@ def vit() -> PreTrainedModel:
     """A small ViT on 16 patches of a digit."""
     shape: dict[str, Any] = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
     config = ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, **shape)
+    return ViTForImageClassification(config)
+
+
+def small_vit() -> PreTrainedModel:
+    """A smaller one of 18k parameters."""
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=8, patch_size=2,
+        num_channels=1, num_labels=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
     return ViTForImageClassification(config)
 
 
@@ -245,17 +257,39 @@ def lds(console: Console, queries: int = 16, num_subsets: int = 24, runs: int = 
     console.print(table)
 
 
-def resampled(console: Console, queries: int = 16, num_subsets: int = 60, seeds: int = 4) -> None:
-    """LDS on random halves that are trained on afresh: initial weights, order and examples all new."""
-    train, query = digits(slice(1000)), digits(slice(1000, 1000 + queries))
-    table = Table("method", "LDS", "partial LDS", "trainings")
-    with tempfile.TemporaryDirectory() as folder:
-        optimizer = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9})}
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A model and its training, for 1,000 digits under the resampled protocol."""
+
+    model_init: Callable[[], PreTrainedModel]
+    optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]]
+    max_steps: int
+
+
+SETTINGS = {
+    "CNN": Setting(small_cnn, (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}), 100),
+    "ViT": Setting(small_vit, (torch.optim.AdamW, {"lr": 3e-3, "eps": 1e-4, "weight_decay": 0.0}), 200),
+}
+
+
+def resampled(
+    console: Console, name: str = "CNN", folder: str = "", runs: int = 20, num_subsets: int = 60, seeds: int = 4
+) -> None:
+    """LDS on random halves that are trained on afresh: initial weights, order and examples all new.
+
+    With a folder, what is finished in it is not done again.
+    """
+    train, query = digits(slice(1000)), digits(slice(1000, 1000 + FEWER))
+    setting = SETTINGS[name]
+    with contextlib.ExitStack() as stack:
         trainer = trainer_of(
-            small_cnn, train, folder, True, optimizer,
-            learning_rate=0.05, max_steps=100, per_device_train_batch_size=100, max_grad_norm=0.0,
+            setting.model_init, train, folder or stack.enter_context(tempfile.TemporaryDirectory()), True,
+            {"optimizer_cls_and_kwargs": setting.optimizer}, learning_rate=setting.optimizer[1]["lr"],
+            max_steps=setting.max_steps, per_device_train_batch_size=100, max_grad_norm=0.0,
         )  # fmt: skip
         trainer.train()
+        predicted = cast(Any, trainer.predict(query)).predictions.argmax(-1)
+        console.print(f"{name}: {(predicted == query['labels'].numpy()).mean():.0%} of the queries right")
         full, half = (trainer.train_ensemble(6, fraction) for fraction in (1.0, 0.5))
         training = full.provenance["seconds"] / 6
         found: dict[str, tuple[Any, float]] = {}
@@ -269,28 +303,28 @@ def resampled(console: Console, queries: int = 16, num_subsets: int = 60, seeds:
         score("label_match", LabelMatch())
         score("influence", Influence())
         score("influence, 6 full models", Influence(), full)
-        score("influence, 6 half models", Influence(damping=0.1), half)
+        score("influence, 6 half models", Influence(), half)
         score("unroll", Unroll(radius=None))
         seconds = 0.0
-        for runs in (1, 2, 6):
-            smooth = trainer.attribute(query, method=SmoothedUnroll(runs=runs))
+        for some in [number for number in (1, 2, 6, 12, runs) if number <= runs]:
+            smooth = trainer.attribute(query, method=SmoothedUnroll(runs=some))
             seconds += smooth.provenance["seconds"]  # fewer runs are the first of more, and found again
-            found[f"smoothed_unroll, {runs} runs"] = smooth, seconds / training
-            console.print(f"smoothed_unroll, {runs} runs: {seconds / training:.1f} trainings")
+            found[f"smoothed_unroll, {some} runs"] = smooth, seconds / training
+            console.print(f"{some} runs: {seconds / training:.1f} trainings; {smooth.provenance['choices']}")
         truth = trainer.retrain(query, num_subsets, 0.5, seeds=seeds)
-        for name, (scores, cost) in found.items():
-            report = evaluate_lds(scores, truth, train)
-            assert report.partial_confidence_interval is not None
-            intervals = [
-                f"{value:.3f} [{low:.2f}, {high:.2f}]"
-                for value, (low, high) in (
-                    (report.lds, report.confidence_interval),
-                    (report.partial_lds, report.partial_confidence_interval),
-                )
-            ]
-            table.add_row(name, *intervals, f"{cost:.1f}")
+    table = Table("method", "LDS", "partial LDS", "trainings")
+    for name, (scores, cost) in found.items():
+        report = evaluate_lds(scores, truth, train)
+        intervals = [
+            f"{value:.3f} [{low:.2f}, {high:.2f}]"
+            for value, (low, high) in (
+                (report.lds, report.confidence_interval),
+                (report.partial_lds, report.partial_confidence_interval or (math.nan, math.nan)),
+            )
+        ]
+        table.add_row(name, *intervals, f"{cost:.1f}")
     console.print(table)
-    console.print(f"{report}\n{queries} queries; one training {training:.2f} s; {datetime.date.today()}")
+    console.print(f"{report}\n{FEWER} queries; one training {training:.2f} s; {datetime.date.today()}")
 
 
 if __name__ == "__main__":
@@ -299,6 +333,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "speed":
         speed(Console(width=140), *sys.argv[2:])
     elif sys.argv[1] == "resampled":
-        resampled(Console(width=140))
+        options = dict(zip(("name", "folder", "runs"), sys.argv[2:], strict=False))
+        resampled(Console(width=140), **{k: int(v) if k == "runs" else v for k, v in options.items()})
     else:
         lds(Console(width=140))
