@@ -119,10 +119,11 @@ def vit() -> PreTrainedModel:
 
 def small_vit() -> PreTrainedModel:
     """A smaller one of 18k parameters."""
+    shape: dict[str, Any] = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=8, patch_size=2,
-        num_channels=1, num_labels=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, **shape, **dropout
+    )
     return ViTForImageClassification(config)
 
 
@@ -273,13 +274,18 @@ SETTINGS = {
 
 
 def resampled(
-    console: Console, name: str = "CNN", folder: str = "", runs: int = 20, num_subsets: int = 60, seeds: int = 4
+    console: Console,
+    name: str = "CNN",
+    folder: str = "",
+    runs: int | str = 20,
+    num_subsets: int = 60,
+    seeds: int = 4,
 ) -> None:
     """LDS on random halves that are trained on afresh: initial weights, order and examples all new.
 
     With a folder, what is finished in it is not done again.
     """
-    train, query = digits(slice(1000)), digits(slice(1000, 1000 + FEWER))
+    train, query, runs = digits(slice(1000)), digits(slice(1000, 1000 + FEWER)), int(runs)
     setting = SETTINGS[name]
     with contextlib.ExitStack() as stack:
         trainer = trainer_of(
@@ -333,7 +339,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "speed":
         speed(Console(width=140), *sys.argv[2:])
     elif sys.argv[1] == "resampled":
-        options = dict(zip(("name", "folder", "runs"), sys.argv[2:], strict=False))
-        resampled(Console(width=140), **{k: int(v) if k == "runs" else v for k, v in options.items()})
+        resampled(Console(width=140), *sys.argv[2:])
     else:
         lds(Console(width=140))

@@ -171,10 +171,12 @@ def _read(file: Path, name: str) -> np.ndarray:
 
 def _mean_and_noise(runs: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The mean of runs `[Q, N]`, and for each query its squared standard error, the mean over examples `[Q]`."""
-    total, squares, count = 0.0, 0.0, 0
+    total: Any = 0.0
+    squares: Any = 0.0
+    count = 0
     for values in runs:
         total, squares, count = total + values, squares + values**2, count + 1
-    mean = np.asarray(total) / count
+    mean = total / count
     return mean, np.maximum(squares / count - mean**2, 0).mean(axis=1) / max(count - 1, 1)
 
 
