@@ -144,6 +144,12 @@ class RetrainArguments:
         "resampled",
     )
     keep_checkpoints: bool = option("Keep the final weights of every training, in --output_dir.", False)
+    workers: int = option("Trainings at a time on this machine.", 1)
+    shard: str | None = option(
+        "Train this share alone, 3/16, as one of several jobs with the same --output_dir: sbatch --array=1-16 and "
+        "--shard $SLURM_ARRAY_TASK_ID/16. The last job collects all outputs."
+    )
+    dry_run: bool = option("Only say what would be done, and roughly how long it would take.", False)
     output_file: str = option("Where the outputs of all trainings are written.", "counterfactuals.safetensors")
 
     def __post_init__(self) -> None:

@@ -113,6 +113,7 @@ def retrain_command(argv: Sequence[str]) -> None:
 
     options = (ModelArguments, DataArguments, RetrainArguments, TrainingArguments)
     model_args, data_args, args, training_args = _parse("retrain", options, argv)
+    from hf_attribution.errors import UnfinishedError
     from hf_attribution.trainer import AttributionTrainer
     from hf_attribution.workspace import load_workspace
 
@@ -126,17 +127,28 @@ def retrain_command(argv: Sequence[str]) -> None:
         data_collator=workspace.data_collator,
         processing_class=workspace.processing_class,
     )
-    truth = trainer.retrain(
-        num_subsets=args.num_subsets,
-        fraction=args.fraction,
-        seeds=args.seeds,
-        protocol=args.protocol,
-        task=dataclasses.replace(workspace.task, label_smoothing=training_args.label_smoothing_factor),
-        seed=training_args.seed,
-        keep_checkpoints=args.keep_checkpoints,
-    )
-    truth.save(args.output_file)
-    _say(f"{truth!r}: {args.output_file}")
+    settings = {
+        "num_subsets": args.num_subsets,
+        "fraction": args.fraction,
+        "seeds": args.seeds,
+        "protocol": args.protocol,
+        "task": dataclasses.replace(workspace.task, label_smoothing=training_args.label_smoothing_factor),
+        "seed": training_args.seed,
+        "keep_checkpoints": args.keep_checkpoints,
+        "workers": args.workers,
+        "shard": args.shard,
+    }
+    if args.dry_run:
+        _say(str(trainer.retrain(**settings, dry_run=True)))
+        return
+    try:
+        truth = trainer.retrain(**settings)
+    except UnfinishedError as rest:  # this job has done its share
+        _say(str(rest))
+        return
+    if trainer.is_world_process_zero():
+        truth.save(args.output_file)
+        _say(f"{truth!r}: {args.output_file}")
 
 
 def estimate_command(argv: Sequence[str]) -> None:

@@ -27,3 +27,7 @@ class HubError(OSError):
 
 class ProcessError(ConnectionError):
     """Another process of a launch failed, died or has other data. The message says which, and the remedy."""
+
+
+class UnfinishedError(RuntimeError):
+    """A share of the work is done, and others are still missing. The message says how many and whose."""

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 from torch import nn
@@ -20,10 +20,13 @@ from hf_attribution.part_scores import PartScores
 from hf_attribution.replay.run import RecordedRun
 from hf_attribution.replay.training import RecordedTraining
 from hf_attribution.retraining import FollowUp, Recipe, Request, make_plan, run_plan
+from hf_attribution.retraining.dry_run import RetrainingDryRun, try_out
+from hf_attribution.retraining.plan import Plan, default_task
+from hf_attribution.retraining.progress import trainer_tracker
 from hf_attribution.retraining.recipe import copied, given
 from hf_attribution.scores import Scores
 from hf_attribution.seeds import derive_seed
-from hf_attribution.tasks import Task, infer_task
+from hf_attribution.tasks import Task
 from hf_attribution.top_scores import TopScores
 
 RECORDING_DIR = "recording"
@@ -86,6 +89,7 @@ class AttributionMixin(RecordedTraining):
         cache_dir: str | Path | None = None,
         recording: str | Path | None = None,
         batch_tokens: int | None = None,
+        workers: int = 1,
     ) -> Scores:
         """Attribute the model's outputs on queries to its training examples.
 
@@ -102,6 +106,7 @@ class AttributionMixin(RecordedTraining):
             recording: For methods that differentiate through a training (`"unroll"`), the folder it was recorded in;
                 by default this trainer's own. For `"smoothed_unroll"` the folder of its trainings.
             batch_tokens: Tokens in a batch, padding included, instead of `batch_size`.
+            workers: For `"smoothed_unroll"`, how many of its trainings at a time, as for `retrain`.
 
         Returns:
             Scores `[Q, N]`, positive where including the example raises the measured output.
@@ -120,9 +125,7 @@ class AttributionMixin(RecordedTraining):
             settings["checkpoints"] = [settings["run"].final_model()]
         query = _one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query")
         if settings["method"].needs_trainings:
-            settings["train_masked"] = functools.partial(
-                self._train_masked, query, settings["task"], task is not None, recording
-            )
+            settings["train_masked"] = functools.partial(self._train_masked, query, task, recording, workers)
         return attribute(
             cast(nn.Module, self.model),
             _one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
@@ -273,7 +276,13 @@ class AttributionMixin(RecordedTraining):
             "progress": not self.args.disable_tqdm,
         }
 
-    def retrain(
+    @overload
+    def retrain(self, *args: Any, dry_run: Literal[True], **kwargs: Any) -> RetrainingDryRun: ...
+
+    @overload
+    def retrain(self, *args: Any, dry_run: Literal[False] = False, **kwargs: Any) -> Counterfactuals: ...
+
+    def retrain(  # type: ignore[misc]  # the overloads above abbreviate its arguments
         self,
         query_dataset: Any = None,
         num_subsets: int = 100,
@@ -285,7 +294,10 @@ class AttributionMixin(RecordedTraining):
         task: Task | None = None,
         seed: int = 0,
         keep_checkpoints: bool = False,
-    ) -> Counterfactuals:
+        workers: int = 1,
+        shard: str | None = None,
+        dry_run: bool = False,
+    ) -> Counterfactuals | RetrainingDryRun:
         """Train again on subsets of the training data, and measure every query after each training.
 
         Each run is a training by a fresh trainer of this class, from the weights before training (or `model_init`),
@@ -310,9 +322,17 @@ class AttributionMixin(RecordedTraining):
             seed: Base of all random seeds.
             keep_checkpoints: Keep the final weights of every run, as `output_dir/runs/<subset>-<seed>/`; see
                 `Ensemble.from_retraining`.
+            workers: How many trainings at a time on this machine: by this process and others, with a GPU each where
+                there are several, or a share of the threads. A worker that is killed costs its training, and is
+                replaced. However the work is shared, and whoever resumes it, the outputs are the same; their last
+                bits only where a training has as many threads. Processes of one `accelerate launch` or torchrun
+                do every training together, as `train` does.
+            shard: Do this share alone, `"3/16"`, for arrays of jobs on a cluster with a common `output_dir`.
+            dry_run: Only say what would be done, how long it would take and what disk and memory: a few steps are
+                trained, and nothing is written.
 
         Returns:
-            The outputs `[M, R, Q]` with subsets and protocol.
+            The outputs `[M, R, Q]` with subsets and protocol; for a dry run a `RetrainingDryRun`, to be printed.
 
         Raises:
             ValueError: If a setting is out of its range, or there are no queries.
@@ -321,6 +341,7 @@ class AttributionMixin(RecordedTraining):
             UnsupportedError: If this training cannot be repeated faithfully; the message names the setting.
             NonFiniteError: If an output is NaN or infinite; the message names subset, seed and query row.
             OSError: If the folder cannot be written to, or the disk is full; finished runs stay.
+            UnfinishedError: If the trainings of this shard are done, and those of others are missing.
 
         Example:
             >>> truth = trainer.retrain(num_subsets=100, fraction=0.5, seeds=2)  # doctest: +SKIP
@@ -332,15 +353,16 @@ class AttributionMixin(RecordedTraining):
         request = Request(
             query_dataset=_one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query"),
             subsets=subsets,
+            task=task,
             seeds=seeds,
             protocol=protocol,
-            task=task if task is not None else self._task(),
-            task_given=task is not None,
             seed=seed,
             output_dir=output_dir,
             keep_checkpoints=keep_checkpoints,
         )
-        return run_plan(make_plan(self, self._recipe, request))
+        if dry_run:
+            return try_out(make_plan(self, self._recipe, request), workers, shard)
+        return self._run(request, workers, shard)[0]
 
     def train_ensemble(
         self,
@@ -350,6 +372,8 @@ class AttributionMixin(RecordedTraining):
         output_dir: str | Path | None = None,
         subsets: Subsets | None = None,
         task: Task | None = None,
+        workers: int = 1,
+        shard: str | None = None,
     ) -> Ensemble:
         """Train models to attribute with, each on a random subset of the training data or on all of it.
 
@@ -370,6 +394,8 @@ class AttributionMixin(RecordedTraining):
                 decides the result.
             subsets: What to train on, a model each, instead of `k` and `fraction`.
             task: What the model learns, where its class does not tell.
+            workers: As for `retrain`.
+            shard: As for `retrain`.
 
         Returns:
             The ensemble: pass it as `attribute(checkpoints=...)`.
@@ -395,24 +421,21 @@ class AttributionMixin(RecordedTraining):
             # Nothing is to be measured; one row shows whether a training has diverged.
             query_dataset=select_rows(self.train_dataset, np.array([0])),
             subsets=subsets,
+            task=task,
             seeds=seeds,
-            protocol="resampled",
-            task=task if task is not None else self._task(),
-            task_given=task is not None,
             seed=seed,
             output_dir=output_dir,
             keep_checkpoints=True,
         )
-        plan = make_plan(self, self._recipe, request)
-        run_plan(plan)
+        _, plan = self._run(request, workers, shard)
         return Ensemble.from_retraining(plan.worklist.folder, len(subsets) * seeds)
 
     def _train_masked(
         self,
         query_dataset: Any,
-        task: Task,
-        task_given: bool,
+        task: Task | None,
         output_dir: str | Path | None,
+        workers: int,
         subsets: Subsets,
         protocol: str,
         seed: int,
@@ -420,18 +443,21 @@ class AttributionMixin(RecordedTraining):
     ) -> tuple[Counterfactuals, list[Path]]:
         """Recorded trainings in which examples outside a subset weigh nothing: outputs, and a file from each run."""
         request = Request(
-            query_dataset, subsets, 1, protocol, task, task_given, seed, output_dir, False, follow_up=follow_up
+            query_dataset, subsets, task, protocol=protocol, seed=seed, output_dir=output_dir, follow_up=follow_up
         )
-        plan = make_plan(self, self._recipe, request)
-        counterfactuals = run_plan(plan)
+        counterfactuals, plan = self._run(request, workers)
         counterfactuals.save(plan.worklist.folder / "counterfactuals.safetensors")
         return counterfactuals, [plan.worklist.found(run) for run in plan.worklist.runs()]
+
+    def _run(self, request: Request, workers: int, shard: str | None = None) -> tuple[Counterfactuals, Plan]:
+        plan = make_plan(self, self._recipe, request)
+        return run_plan(plan, workers, shard, trainer_tracker(self)), plan
 
     def _num_examples(self) -> int:
         return len(Split(_one_dataset(self.train_dataset, "train"), self.data_collator))
 
     def _task(self) -> Task:
-        return infer_task(cast(nn.Module, self.model), label_smoothing=self.args.label_smoothing_factor)
+        return default_task(self)
 
 
 class AttributionTrainer(AttributionMixin, Trainer):

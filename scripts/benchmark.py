@@ -18,6 +18,7 @@ Sections:
   datamodel  LASSO with cross-validation of 2,000 subsets x 1,000 examples x 200 queries, beside other libraries
   knn_shapley  exact kNN-Shapley of 1,000 queries x 50,000 examples x 384 dimensions
   unroll     sweeps through a recorded training of a CNN, a ViT and a GPT-2 against its steps, beside double backward
+  runner     `retrain` against a bare Trainer and a bare PyTorch loop; 40 retrainings by one and by two workers
 """
 
 import contextlib
@@ -69,6 +70,7 @@ SECTIONS = (
     "datamodel",
     "knn_shapley",
     "unroll",
+    "runner",
 )
 
 
@@ -89,6 +91,7 @@ class Arguments:
     scoring_examples: int = dataclasses.field(default=1_000_000, metadata={"help": "Stored examples to score."})
     scoring_queries: int = dataclasses.field(default=1_000, metadata={"help": "Queries to score them for."})
     threads: int = dataclasses.field(default=1, metadata={"help": "Threads."})
+    trainings: int = dataclasses.field(default=40, metadata={"help": "Retrainings by one and by two workers."})
     memory_of: str | None = dataclasses.field(
         default=None, metadata={"help": "Internal: measure one act in a process."}
     )
@@ -126,6 +129,7 @@ def main() -> None:
             "datamodel": benchmark_datamodel,
             "knn_shapley": benchmark_knn_shapley,
             "unroll": benchmark_unroll,
+            "runner": benchmark_runner,
         }[section](arguments, console)
 
 
@@ -454,6 +458,20 @@ def benchmark_unroll(arguments: Arguments, console: Console) -> None:
     import unrolled
 
     unrolled.speed(console, repeats=arguments.repeats)
+
+
+def benchmark_runner(arguments: Arguments, console: Console) -> None:
+    """What the runner adds to a training, and what a second worker saves, each with one thread."""
+    import retraining_costs
+
+    table = Table("1,000 digits, halves", "CPU seconds a training", "retrain as a multiple")
+    for row in retraining_costs.runner_overhead(arguments.repeats):
+        table.add_row(*row)
+    console.print(table)
+    table = Table("workers", "seconds", "times faster", title=f"{arguments.trainings} retrainings")
+    for row in retraining_costs.second_worker(arguments.trainings):
+        table.add_row(*row)
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@
         --output_dir retrained \
         --output_file truth.safetensors
 
-Interrupted, the same command goes on where it stopped. Every option of `TrainingArguments` is taken.
+Interrupted, the same command goes on where it stopped. With `--workers 4` four trainings go on at a time; under
+`accelerate launch` all processes do each training together. As jobs of a Slurm array, `--shard
+$SLURM_ARRAY_TASK_ID/16` does one share of the trainings, and the job that finishes last collects them. Every option of
+`TrainingArguments` is taken.
 """
 
 import dataclasses
@@ -56,6 +59,8 @@ def main(
         task=dataclasses.replace(workspace.task, label_smoothing=training_args.label_smoothing_factor),
         seed=training_args.seed,
         keep_checkpoints=retrain_args.keep_checkpoints,
+        workers=retrain_args.workers,
+        shard=retrain_args.shard,
     )
     truth.save(retrain_args.output_file)
     print(truth)

@@ -272,11 +272,12 @@ def test_an_optimiser_of_one_model_is_refused(tmp_path):
         trainer.retrain(num_subsets=1)
 
 
-def test_a_rank_of_a_distributed_launch_is_refused(tmp_path, monkeypatch):
-    trainer = trainer_in(tmp_path)
-    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda args: 2))
-    with pytest.raises(UnsupportedError, match="one of 2 of a distributed launch"):
-        trainer.retrain(num_subsets=1)
+def test_sharded_training_is_refused_by_name(tmp_path):
+    for attribute, name in (("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
+        trainer = trainer_in(tmp_path)
+        setattr(trainer, attribute, True)
+        with pytest.raises(UnsupportedError, match=f"Retraining with {name} is not supported.*workers="):
+            trainer.retrain(num_subsets=1)
 
 
 def test_callbacks_that_cannot_be_copied_are_refused_when_they_are_needed(tmp_path):

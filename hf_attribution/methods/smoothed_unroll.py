@@ -1,11 +1,13 @@
 """Unrolled differentiation averaged over trainings on random subsets: linear where it is evaluated."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import nn
 from transformers import Trainer
 
 from hf_attribution.artefacts import read_artefact, write_artefact
@@ -99,27 +101,15 @@ class SmoothedUnroll(Method):
                 "AttributionTrainer."
             )
         subsets = self._subsets(problem)
-
-        def sweep(trainer: Trainer, recording: Path, found: Path) -> None:
-            run = RecordedRun.open(recording, trainer)
-            prepared = Differentiable.prepare(run, problem.task, self.curvature)
-            model = run.final_model()
-            of_run = dataclasses.replace(
-                problem, model=model, checkpoints=[Checkpoint(model)], run=run, progress=False
-            )
-            values, choices = self._unroll.differentiate(of_run, prepared)
-            arrays = {"values": values.numpy()}
-            if self.shrink:
-                arrays["influence"] = Influence().score(of_run).values
-            write_artefact(found, _KIND, arrays, choices)
-
+        # What each training is followed by may go to another process, so it takes no model and no trainer along.
+        blank = dataclasses.replace(problem, model=nn.Identity(), checkpoints=(), train_masked=None, progress=False)
         settings = {"method": self.name, "last": self.last, "curvature": self.curvature, "shrink": self.shrink}
         _, files = problem.train_masked(
             subsets=subsets,
             protocol=VARY[self.vary],
             # With masks alone the run is that of `retrain(protocol="fixed")` under the same seed.
             seed=self.seed if self.vary == "masks" else derive_seed(self.seed, self.name),
-            follow_up=FollowUp(sweep, settings),
+            follow_up=FollowUp(functools.partial(_sweep, self._unroll, self.shrink, blank), settings),
         )
         values, choices = _averaged(files, self.shrink)
         return Scored(
@@ -145,6 +135,19 @@ class SmoothedUnroll(Method):
                 raise UnsupportedError("masks='stratified' needs classes, and these examples have none.")
             return Subsets.stratified(labels, self.runs, self.fraction, seed)
         return Subsets.random(size, self.runs, self.fraction, seed)
+
+
+def _sweep(unroll: Unroll, shrink: bool, problem: Problem, trainer: Trainer, recording: Path, found: Path) -> None:
+    """Differentiate the queries' measurements through a recorded training, and write the derivatives down."""
+    run = RecordedRun.open(recording, trainer)
+    prepared = Differentiable.prepare(run, problem.task, unroll.curvature)
+    model = run.final_model()
+    of_run = dataclasses.replace(problem, model=model, checkpoints=[Checkpoint(model)], run=run)
+    values, choices = unroll.differentiate(of_run, prepared)
+    arrays = {"values": values.numpy()}
+    if shrink:
+        arrays["influence"] = Influence().score(of_run).values
+    write_artefact(found, _KIND, arrays, choices)
 
 
 def _averaged(files: list[Path], shrink: bool) -> tuple[np.ndarray, dict[str, Any]]:

@@ -14,7 +14,7 @@ from hf_attribution.inputs import batch_normalised
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Refuse a training that cannot be repeated without its evaluations, or in one process.
+    """Refuse a training that cannot be repeated: by itself, without its evaluations.
 
     Args:
         trainer: The user's trainer.
@@ -23,11 +23,14 @@ def check_trainer(trainer: Trainer) -> None:
         UnsupportedError: The message names the setting.
     """
     args = trainer.args
-    if args.world_size > 1:
-        raise UnsupportedError(
-            f"This process is one of {args.world_size} of a distributed launch, whose Trainers would average their "
-            "gradients over different subsets: retrain in an ordinary process (python, not accelerate launch)."
-        )
+    sharded = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
+    for name, used in sharded.items():
+        if used:
+            raise UnsupportedError(
+                f"Retraining with {name} is not supported: each process holds a part of the weights, and fresh models "
+                "are not sharded alike. Launch with plain data parallelism, or let each training have one device: "
+                "start with python and retrain(workers=...)."
+            )
     if args.load_best_model_at_end:
         raise UnsupportedError(
             "load_best_model_at_end chooses the weights by evaluations, which retrainings leave out: set it to False."

@@ -12,19 +12,23 @@ from hf_attribution.errors import ArtefactError, MismatchError
 _SCHEMA_VERSION = 1
 _ABSENT = "(absent)"
 
+# With more subsets, or after an update of a library, one goes on in the same folder, or is told why not.
+_SETTLED_LATER = ("subsets", "subset_keys", "versions")
+
 
 def folder_name(manifest: Mapping[str, Any]) -> str:
     """A name for the folder of these retrainings, the same when subsets or seeds are added."""
-    settled = {key: value for key, value in manifest.items() if key not in ("subsets", "subset_keys")}
+    settled = {key: value for key, value in manifest.items() if key not in _SETTLED_LATER}
     return "retraining-" + fingerprint(settled, manifest["subset_keys"][0])[:12]
 
 
-def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+def check_manifest(folder: Path, manifest: Mapping[str, Any], write: bool = True) -> None:
     """Compare with the manifest of a folder, and write it where there is none or subsets have been added.
 
     Args:
         folder: The folder of the retrainings.
         manifest: What the retrainings asked for belong to; JSON.
+        write: Whether to write.
 
     Raises:
         ArtefactError: If the folder's manifest cannot be read, or is lost.
@@ -35,17 +39,18 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     if not path.exists():
         if any((folder / "runs").glob("*.safetensors")):
             raise ArtefactError(f"{folder} holds retrainings but no manifest.json: choose another output_dir.")
-        _write(path, new)
+        if write:
+            _write(path, new)
         return
     old = read_manifest(folder)
-    differences = _differences(old, new)
-    if differences:
+    lines = differences(old, new)
+    if lines:
         raise MismatchError(
             f"{folder} holds retrainings of something else, which cannot be added to. What differs:\n"
-            + "\n".join(f"  {line}" for line in differences)
+            + "\n".join(f"  {line}" for line in lines)
             + "\nGive another output_dir, or put back what was changed."
         )
-    if len(new["subset_keys"]) > len(old["subset_keys"]):
+    if write and len(new["subset_keys"]) > len(old["subset_keys"]):
         _write(path, new)
 
 
@@ -70,8 +75,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Each key that differs, as `key: old → new`; subsets only where both have them."""
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Each key in which two manifests differ, as `key: old → new`; subsets only where both have them."""
     keys = zip(old["subset_keys"], new["subset_keys"], strict=False)
     changed = next((number for number, (before, after) in enumerate(keys) if before != after), None)
     left_out = {"subset_keys", "subsets"} if changed is None else {"subset_keys"}

@@ -1,14 +1,17 @@
 """What a call of `retrain` will do: made, checked and tried out before the first training."""
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from torch import nn
-from transformers import Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_attribution.artefacts import fingerprint
 from hf_attribution.counterfactuals import Subsets
@@ -22,7 +25,7 @@ from hf_attribution.retraining.measuring import measured
 from hf_attribution.retraining.recipe import Recipe
 from hf_attribution.retraining.worklist import Run, WorkList, keep_subsets
 from hf_attribution.seeds import derive_seed, seeded
-from hf_attribution.tasks import Task
+from hf_attribution.tasks import Task, infer_task
 
 PROTOCOLS = ("resampled", "fixed", "masked")
 
@@ -44,10 +47,9 @@ class Request:
     Args:
         query_dataset: The queries, preprocessed: Q rows.
         subsets: What to train on.
+        task: What is measured, and with `"fixed"` trained on; `None` where the model's class tells.
         seeds: R, trainings per subset.
         protocol: `"resampled"`, `"fixed"`, or `"masked"`: as `"resampled"`, the other examples along at weight 0.
-        task: What is measured, and with `"fixed"` trained on.
-        task_given: Whether the user named the task.
         seed: Base of all seeds.
         output_dir: Where results are kept, or `None` for a folder in the trainer's own.
         keep_checkpoints: Whether the final weights of every run are kept.
@@ -56,13 +58,12 @@ class Request:
 
     query_dataset: Any
     subsets: Subsets
-    seeds: int
-    protocol: str
-    task: Task
-    task_given: bool
-    seed: int
-    output_dir: str | Path | None
-    keep_checkpoints: bool
+    task: Task | None = None
+    seeds: int = 1
+    protocol: str = "resampled"
+    seed: int = 0
+    output_dir: str | Path | None = None
+    keep_checkpoints: bool = False
     follow_up: "FollowUp | None" = None
 
 
@@ -81,25 +82,53 @@ class FollowUp:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A request that has been checked.
+    """A request that has been checked, with all that its trainings take. The user's trainer is no part of it.
 
     Args:
         request: The request.
-        trainer: The user's trainer, to read from.
-        recipe: Builds trainers like it.
+        task: What is measured.
+        recipe: Builds trainers like the user's.
+        args: The user's training arguments.
+        train_dataset: The training data.
+        callbacks: Classes of the callbacks that the user's trainer has.
         queries: The query batches, collated once for all runs.
         worklist: The runs, in their folder.
+        manifest: What the folder belongs to; JSON.
         fingerprints: Of initial model, training data, queries and task.
         fresh_weights: Whether runs start from weights of their own.
     """
 
     request: Request
-    trainer: Trainer
+    task: Task
     recipe: Recipe
+    args: TrainingArguments
+    train_dataset: Any
+    callbacks: list[type]
     queries: list[Batch]
     worklist: WorkList
+    manifest: dict[str, Any]
     fingerprints: dict[str, str]
     fresh_weights: bool
+
+    def open_folder(self) -> None:
+        """Write down what the folder belongs to, or compare with what is written there.
+
+        Raises:
+            OSError: If the folder cannot be written to.
+            MismatchError: If it holds other retrainings; the message lists what differs.
+        """
+        check_writable(self.worklist.folder)
+        check_manifest(self.worklist.folder, self.manifest)
+        keep_subsets(self.worklist.folder, self.request.subsets)
+
+    def portable(self) -> "Plan":
+        """The plan for another process: it finds its own device, and trains with the batches of this one."""
+        args = copy.copy(self.args)
+        args.per_device_train_batch_size = self.args.train_batch_size  # that of all GPUs which are seen here
+        for name in ("distributed_state", "_setup_devices"):
+            vars(args).pop(name, None)
+        request = dataclasses.replace(self.request, query_dataset=None)
+        return dataclasses.replace(self, args=args, request=request, recipe=self.recipe.portable())
 
     def seed(self, run: Run) -> int:
         """The seed of a run: of its own, or with `"fixed"` the same for every subset."""
@@ -117,16 +146,16 @@ class Plan:
             "num_subsets": len(request.subsets),
             "seeds": request.seeds,
             "seed": request.seed,
-            "measurement": request.task.measurement_name,
-            "task": request.task.description,
+            "measurement": self.task.measurement_name,
+            "task": self.task.description,
             "initial_weights": "fresh" if self.fresh_weights else "shared",
             "order": "fixed" if fixed else "fresh",
-            "training": described_arguments(self.trainer.args),
+            "training": described_arguments(self.args),
         }
 
 
 def make_plan(trainer: Trainer, recipe: Recipe, request: Request) -> Plan:
-    """Check a request as far as that can be done without training, and open its folder.
+    """Check a request as far as that can be done without training. Nothing is written.
 
     Args:
         trainer: The user's trainer.
@@ -138,7 +167,7 @@ def make_plan(trainer: Trainer, recipe: Recipe, request: Request) -> Plan:
 
     Raises:
         ValueError: If a setting is out of its range.
-        MismatchError: If queries and training data, or the folder and this training, do not belong together.
+        MismatchError: If queries, subsets and training data do not belong together.
         UnsupportedError: If this training cannot be repeated, or its weights not be saved.
     """
     if request.protocol not in PROTOCOLS:
@@ -155,28 +184,45 @@ def make_plan(trainer: Trainer, recipe: Recipe, request: Request) -> Plan:
             "draw them for this dataset."
         )
     initial = _initial_model(trainer, recipe)
+    task = request.task if request.task is not None else default_task(trainer)
     fingerprints = {
         "model": weights_fingerprint(initial),
         "train": train.fingerprint,
         "query": query.fingerprint,
-        "task": fingerprint(json.dumps(request.task.description, sort_keys=True)),
+        "task": fingerprint(json.dumps(task.description, sort_keys=True)),
     }
-    manifest = _manifest(trainer, recipe, request, initial, fingerprints) | {"collated": _collated(train)}
+    manifest = _manifest(trainer, recipe, request, task, initial, fingerprints) | {"collated": _collated(train)}
     if request.keep_checkpoints and not hasattr(initial, "save_pretrained"):
         raise UnsupportedError(
             f"keep_checkpoints needs a model with save_pretrained; {type(initial).__name__} has none."
         )
     if request.protocol != "resampled":
-        check_weighted(trainer, initial, train.dataset, request.task_given)
+        check_weighted(trainer, initial, train.dataset, request.task is not None)
     queries = list(query.batches())
-    measured(cast(nn.Module, trainer.model), request.task, queries, "with the model as it is now")
+    measured(cast(nn.Module, trainer.model), task, queries, "with the model as it is now")
     folder = Path(request.output_dir or Path(str(trainer.args.output_dir), folder_name(manifest)))
-    check_writable(folder)
-    check_manifest(folder, manifest)
-    keep_subsets(folder, request.subsets)
     worklist = WorkList(folder, request.subsets.keys(), request.seeds, request.keep_checkpoints)
     fresh = request.protocol != "fixed" and _draws_weights(trainer, recipe, fingerprints["model"])
-    return Plan(request, trainer, recipe, queries, worklist, fingerprints, fresh)
+    return Plan(
+        request, task, recipe, trainer.args, trainer.train_dataset, _callbacks(trainer), queries, worklist, manifest,
+        fingerprints, fresh,
+    )  # fmt: skip
+
+
+def default_task(trainer: Trainer) -> Task:
+    """What a trainer's model learns, as its class and the training arguments tell."""
+    return infer_task(cast(nn.Module, trainer.model), label_smoothing=trainer.args.label_smoothing_factor)
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide what a training comes to."""
+    return {name: version(name) for name in ("torch", "transformers", "accelerate")}
+
+
+def _callbacks(trainer: Trainer) -> list[type]:
+    """The classes of a trainer's callbacks, without those that only show or report."""
+    shown = (ProgressCallback, PrinterCallback, *get_reporting_integration_callbacks(trainer.args.report_to))
+    return [type(each) for each in trainer.callback_handler.callbacks if not isinstance(each, shown)]
 
 
 def _splits(trainer: Trainer, request: Request) -> tuple[Split, Split]:
@@ -208,7 +254,7 @@ def _draws_weights(trainer: Trainer, recipe: Recipe, initial_weights: str) -> bo
 
 
 def _manifest(
-    trainer: Trainer, recipe: Recipe, request: Request, initial: nn.Module, fingerprints: dict[str, str]
+    trainer: Trainer, recipe: Recipe, request: Request, task: Task, initial: nn.Module, fingerprints: dict[str, str]
 ) -> dict[str, Any]:
     config = getattr(unwrap(initial), "config", None)
     settings = config.to_dict() if config is not None else {}
@@ -223,11 +269,14 @@ def _manifest(
         "initial_weights": fingerprints["model"],
         "train_dataset": fingerprints["train"],
         "query_dataset": fingerprints["query"],
-        "task": request.task.description,
+        "task": task.description,
         "callbacks": [_qualified(c if isinstance(c, type) else type(c)) for c in recipe.given("callbacks") or ()],
         "compute_loss_func": None if trainer.compute_loss_func is None else _qualified(trainer.compute_loss_func),
         "optimizer": None if optimizer is None else [_qualified(optimizer[0]), repr(optimizer[1])],
         "arguments": material_arguments(trainer.args),
+        "batch": {"rows": trainer.args.train_batch_size, "processes": trainer.args.world_size},
+        **({"trainer_arguments": own} if (own := recipe.own_arguments()) else {}),
+        "versions": versions(),
         **({"follow_up": request.follow_up.settings} if request.follow_up is not None else {}),
         "subsets": request.subsets.description,
         "subset_keys": request.subsets.keys(),

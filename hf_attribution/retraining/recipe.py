@@ -3,13 +3,18 @@
 import copy
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from hf_attribution.artefacts import fingerprint
 from hf_attribution.copies import own_copy
 from hf_attribution.errors import UnsupportedError
+from hf_attribution.inputs import weights_fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +82,24 @@ class Recipe:
                 "take model, args and train_dataset (or **kwargs) and hand them on."
             ) from error
 
+    def portable(self) -> "Recipe":
+        """The same without the user's own model and data, which `build` replaces."""
+        left_out = {"args": None, "train_dataset": None, "model": None, "callbacks": None}
+        positional, named = self._arguments({k: v for k, v in left_out.items() if self.given(k) is not None})
+        return dataclasses.replace(self, positional=tuple(positional), named=named)
+
     def given(self, name: str) -> Any:
         """What the constructor was given for a parameter, or `None`."""
         return given(self.trainer_class, self.positional, self.named, name)
+
+    def own_arguments(self) -> dict[str, Any]:
+        """What the constructor was given for parameters that `transformers.Trainer` has not; JSON."""
+        known = inspect.signature(Trainer.__init__).parameters
+        return {name: described(value) for name, value in sorted(self.arguments().items()) if name not in known}
+
+    def arguments(self) -> dict[str, Any]:
+        """All that the constructor was given, by name."""
+        return {**dict(zip(positional_names(self.trainer_class), self.positional, strict=False)), **self.named}
 
     def _arguments(self, replaced: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         names = positional_names(self.trainer_class)
@@ -104,6 +124,31 @@ def positional_names(trainer_class: type) -> list[str]:
 def given(trainer_class: type, positional: tuple[Any, ...], named: dict[str, Any], name: str) -> Any:
     """What a constructor is given for a parameter, or `None`."""
     return {**dict(zip(positional_names(trainer_class), positional, strict=False)), **named}.get(name)
+
+
+def described(value: Any) -> Any:
+    """What tells a setting from another, the same in every process; JSON."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): described(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [described(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(str(described(item)) for item in value)
+    if isinstance(value, nn.Module):
+        return weights_fingerprint(value)
+    if isinstance(value, torch.Tensor):
+        return fingerprint(value.detach().cpu().float().numpy())
+    if isinstance(value, np.ndarray):
+        return fingerprint(value)
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    if hasattr(value, "to_dict"):  # configurations of transformers and PEFT
+        return described(value.to_dict())
+    if dataclasses.is_dataclass(value):
+        return described({each.name: getattr(value, each.name) for each in dataclasses.fields(value)})
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def copied(thing: Any, remedy: str) -> Any:

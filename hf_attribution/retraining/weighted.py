@@ -108,7 +108,10 @@ class _WeightedTraining(_Base):
         inputs = dict(inputs)
         weights = self.weights[inputs.pop(ROW).cpu()]
         losses = self.task.losses(model, inputs)
-        return (weights.to(losses) * losses).sum() / cast(Tensor, num_items_in_batch)
+        # Where tokens are counted over all processes, the mean that these take of their gradients is made a sum.
+        everywhere = isinstance(self.task, TokenPrediction) and self.args.average_tokens_across_devices
+        processes = self.args.world_size if everywhere else 1
+        return processes * (weights.to(losses) * losses).sum() / cast(Tensor, num_items_in_batch)
 
 
 def weighted_class(trainer_class: type[Trainer]) -> type[Trainer]:

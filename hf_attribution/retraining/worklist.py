@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,9 +64,32 @@ class WorkList:
         """All runs, a first seed for every subset before a second."""
         return (Run(m, r) for r, m in itertools.product(range(self.num_seeds), range(len(self.keys))))
 
-    def missing(self) -> list[Run]:
-        """The runs that are not finished."""
-        return [run for run in self.runs() if not self.is_finished(run)]
+    def share(self, shard: str | None) -> list[Run]:
+        """The runs of one of several shares of about equal size.
+
+        Args:
+            shard: `"3/16"` is the third of sixteen; `None` for all runs.
+
+        Returns:
+            The runs.
+
+        Raises:
+            ValueError: If it is no such share.
+        """
+        runs = list(self.runs())
+        if shard is None:
+            return runs
+        number, _, count = shard.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            raise ValueError(
+                f"shard must be '1/16', ..., '16/16', not {shard!r}: with Slurm, sbatch --array=1-16 and "
+                "--shard $SLURM_ARRAY_TASK_ID/16."
+            )
+        return runs[int(number) - 1 :: int(count)]
+
+    def missing(self, runs: Iterable[Run] | None = None) -> list[Run]:
+        """The runs that are not finished, of all or of some."""
+        return [run for run in (self.runs() if runs is None else runs) if not self.is_finished(run)]
 
     def is_finished(self, run: Run) -> bool:
         """Whether a run's result is there."""
@@ -126,7 +149,7 @@ class WorkList:
         Yields:
             Whether it is this worker's to do: no one else is at it, and no one has finished it.
         """
-        path = self.folder / "work" / f"{run.name}.claim"
+        path = self._claim(run)
         path.parent.mkdir(parents=True, exist_ok=True)
         if not _acquired(path):
             yield False
@@ -140,6 +163,19 @@ class WorkList:
             over.set()
             heart.join()
             path.unlink(missing_ok=True)
+
+    def release(self, pid: int) -> list[Run]:
+        """Take away the claims of a worker of this machine that is known to be dead, and say on which runs."""
+        released = []
+        for run in self.runs():
+            path = self._claim(run)
+            if path.exists() and _owner(path) == (socket.gethostname(), pid):
+                path.unlink(missing_ok=True)
+                released.append(run)
+        return released
+
+    def _claim(self, run: Run) -> Path:
+        return self.folder / "work" / f"{run.name}.claim"
 
 
 def keep_subsets(folder: Path, subsets: Subsets) -> None:
@@ -180,18 +216,27 @@ def _abandoned(path: Path) -> bool:
     try:
         if time.time() - path.stat().st_mtime > STALE_AFTER:
             return True
-        owner: dict[str, Any] = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return False  # just released, or just being written
-    if owner["host"] != socket.gethostname() or os.name != "posix":
+    except FileNotFoundError:
+        return False  # just released
+    owner = _owner(path)
+    if owner is None or owner[0] != socket.gethostname() or os.name != "posix":
         return False
     try:
-        os.kill(owner["pid"], 0)
+        os.kill(owner[1], 0)
     except ProcessLookupError:
         return True
     except PermissionError:
         pass
     return False
+
+
+def _owner(path: Path) -> tuple[str, int] | None:
+    """Host and process of a claim; `None` where it was just released, or is just being written."""
+    try:
+        owner: dict[str, Any] = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return owner["host"], owner["pid"]
 
 
 def _beat(path: Path, over: threading.Event) -> None:
