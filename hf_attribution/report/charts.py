@@ -50,7 +50,8 @@ def scatter(measurement: str) -> dict[str, Any]:
         "mark": {"type": "point", "filled": True, "size": 45, "opacity": 0.75, "tooltip": True},
         "encoding": {
             "x": _axis("predicted", "sum of the subset's scores"),
-            "y": _axis("true", f"{measurement} after retraining"),
+            # Titles become part of expressions, which no line separator may interrupt.
+            "y": _axis("true", f"{' '.join(measurement.split())[:60]} after retraining"),
             "tooltip": [
                 {"field": "subset", "title": "subset"},
                 {"field": "predicted", "title": "predicted", "type": "quantitative"},
