@@ -85,6 +85,7 @@ class AttributeArguments:
     batch_size: int = option("Rows in a batch. It does not change the scores.", 32)
     batch_tokens: int | None = option("Tokens in a batch, padding included, instead of batch_size rows.")
     cache_dir: str | None = option("Folder that keeps projected gradients for the next call. By default deleted.")
+    store_dtype: str = option("Number format of projected gradients: float32, float16, bfloat16, int8.", "float32")
     output_file: str = option("Where the scores are written.", "scores.safetensors")
 
     def __post_init__(self) -> None:

@@ -39,18 +39,23 @@ from hf_attribution.top_scores import TopScores
 logger = logging.get_logger(__name__)
 
 
-class Setup(TypedDict, total=False):
+class Passes(TypedDict, total=False):
+    """How `attribute` and its like pass over the data, and what they keep of it."""
+
+    batch_size: int
+    batch_tokens: int | None
+    cache_dir: str | Path | None
+    store_dtype: str
+
+
+class Setup(Passes, total=False):
     """What `attribute` and its like take beside data and method."""
 
     task: Task | None
     data_collator: Callable[[list[Any]], Mapping[str, Any]] | None
     checkpoints: Ensemble | Sequence[str | Path | nn.Module | Checkpoint] | None
-    batch_size: int
-    batch_tokens: int | None
-    cache_dir: str | Path | None
     remove_unused_columns: bool
     progress: bool
-    store_dtype: str
 
 
 def attribute(

@@ -101,6 +101,7 @@ def attribute_command(argv: Sequence[str]) -> None:
         batch_size=args.batch_size,
         batch_tokens=args.batch_tokens,
         cache_dir=args.cache_dir,
+        store_dtype=args.store_dtype,
     )
     if state().is_main_process:  # of a launch; all have the same scores
         scores.save(args.output_file)

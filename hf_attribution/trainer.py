@@ -8,8 +8,9 @@ from typing import Any, Literal, cast, overload
 import numpy as np
 from torch import nn
 from transformers import Trainer
+from typing_extensions import Unpack
 
-from hf_attribution.attribution import attribute, attribute_parts, attribute_top, self_influence
+from hf_attribution.attribution import Passes, attribute, attribute_parts, attribute_top, self_influence
 from hf_attribution.checkpoints import trainer_checkpoints
 from hf_attribution.counterfactuals import Counterfactuals, Subsets
 from hf_attribution.data import Split, select_rows
@@ -85,11 +86,9 @@ class AttributionMixin(RecordedTraining):
         train_dataset: Any = None,
         checkpoints: Ensemble | Sequence[str | Path | nn.Module] | None = None,
         task: Task | None = None,
-        batch_size: int | None = None,
-        cache_dir: str | Path | None = None,
         recording: str | Path | None = None,
-        batch_tokens: int | None = None,
         workers: int = 1,
+        **passes: Unpack[Passes],
     ) -> Scores:
         """Attribute the model's outputs on queries to its training examples.
 
@@ -101,12 +100,11 @@ class AttributionMixin(RecordedTraining):
                 the model as it is, or, for methods that follow a training (`"tracin"`), the `checkpoint-*` folders in
                 `args.output_dir`.
             task: What is learned and measured; by default told from the model's class.
-            batch_size: Rows in a batch, by default `args.per_device_eval_batch_size`. It does not change the scores.
-            cache_dir: Where projected gradients are kept and found again; by default they are deleted at the end.
             recording: For methods that differentiate through a training (`"unroll"`), the folder it was recorded in;
                 by default this trainer's own. For `"smoothed_unroll"` the folder of its trainings.
-            batch_tokens: Tokens in a batch, padding included, instead of `batch_size`.
             workers: For `"smoothed_unroll"`, how many of its trainings at a time, as for `retrain`.
+            **passes: As for `hf_attribution.attribute`: `batch_size` (by default `args.per_device_eval_batch_size`),
+                `batch_tokens`, `cache_dir`, `store_dtype`.
 
         Returns:
             Scores `[Q, N]`, positive where including the example raises the measured output.
@@ -118,7 +116,7 @@ class AttributionMixin(RecordedTraining):
             >>> scores = trainer.attribute(test, method="trak")  # doctest: +SKIP
             >>> scores.top(k=5)  # doctest: +SKIP
         """
-        settings = self._attribution_settings(method, checkpoints, task, batch_size, cache_dir, batch_tokens)
+        settings = self._attribution_settings(method, checkpoints, task, passes)
         if settings["method"].needs_run:
             own = self.recording_dir or Path(str(self.args.output_dir), RECORDING_DIR)
             settings["run"] = RecordedRun.open(recording if recording is not None else own, self)
@@ -141,10 +139,8 @@ class AttributionMixin(RecordedTraining):
         train_dataset: Any = None,
         checkpoints: Ensemble | Sequence[str | Path | nn.Module] | None = None,
         task: Task | None = None,
-        batch_size: int | None = None,
-        cache_dir: str | Path | None = None,
-        store_dtype: str = "float32",
         index: str | None = None,
+        **passes: Unpack[Passes],
     ) -> TopScores:
         """Attribute as `attribute` does, and keep only the k training examples that raise each query's output most.
 
@@ -156,10 +152,8 @@ class AttributionMixin(RecordedTraining):
             train_dataset: As for `attribute`.
             checkpoints: As for `attribute`.
             task: As for `attribute`.
-            batch_size: As for `attribute`.
-            cache_dir: As for `attribute`.
-            store_dtype: The number format that projected gradients are kept in, as for `hf_attribution.attribute`.
             index: A FAISS factory string, to search approximately; by default exactly.
+            **passes: As for `attribute`.
 
         Returns:
             `TopScores`; all N x Q scores are never in memory.
@@ -173,8 +167,7 @@ class AttributionMixin(RecordedTraining):
             _one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query"),
             k=k,
             index=index,
-            store_dtype=store_dtype,
-            **self._attribution_settings(method, checkpoints, task, batch_size, cache_dir),
+            **self._attribution_settings(method, checkpoints, task, passes),
         )
 
     def attribute_parts(
@@ -185,8 +178,7 @@ class AttributionMixin(RecordedTraining):
         train_dataset: Any = None,
         checkpoints: Ensemble | Sequence[str | Path | nn.Module] | None = None,
         task: Task | None = None,
-        batch_size: int | None = None,
-        cache_dir: str | Path | None = None,
+        **passes: Unpack[Passes],
     ) -> PartScores:
         """Attribute as `attribute` does, to the tokens of the training examples or to the model's modules.
 
@@ -198,8 +190,7 @@ class AttributionMixin(RecordedTraining):
             train_dataset: As for `attribute`.
             checkpoints: As for `attribute`.
             task: As for `attribute`.
-            batch_size: As for `attribute`.
-            cache_dir: Where curvature is kept and found again; by default it is deleted at the end.
+            **passes: As for `attribute`.
 
         Returns:
             `PartScores`; their `sum()` is what `attribute` returns.
@@ -212,7 +203,7 @@ class AttributionMixin(RecordedTraining):
             _one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
             _one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query"),
             granularity=granularity,
-            **self._attribution_settings(method, checkpoints, task, batch_size, cache_dir),
+            **self._attribution_settings(method, checkpoints, task, passes),
         )
 
     def self_influence(
@@ -221,8 +212,7 @@ class AttributionMixin(RecordedTraining):
         train_dataset: Any = None,
         checkpoints: Ensemble | Sequence[str | Path | nn.Module] | None = None,
         task: Task | None = None,
-        batch_size: int | None = None,
-        cache_dir: str | Path | None = None,
+        **passes: Unpack[Passes],
     ) -> np.ndarray:
         """What every training example does for the model's fit to itself: high for rare, hard and mislabelled ones.
 
@@ -231,8 +221,7 @@ class AttributionMixin(RecordedTraining):
             train_dataset: The examples: N rows. By default the trainer's own.
             checkpoints: Weights to attribute with, as for `attribute`.
             task: What is learned; by default told from the model's class.
-            batch_size: Rows in a batch, by default `args.per_device_eval_batch_size`. It does not change the result.
-            cache_dir: Where projected gradients are kept and found again; by default they are deleted at the end.
+            **passes: As for `attribute`.
 
         Returns:
             float32 `[N]`.
@@ -248,7 +237,7 @@ class AttributionMixin(RecordedTraining):
         return self_influence(
             cast(nn.Module, self.model),
             _one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
-            **self._attribution_settings(method, checkpoints, task, batch_size, cache_dir),
+            **self._attribution_settings(method, checkpoints, task, passes),
         )
 
     def _attribution_settings(
@@ -256,9 +245,7 @@ class AttributionMixin(RecordedTraining):
         method: str | Method,
         checkpoints: Ensemble | Sequence[str | Path | nn.Module] | None,
         task: Task | None,
-        batch_size: int | None,
-        cache_dir: str | Path | None,
-        batch_tokens: int | None = None,
+        passes: Passes,
     ) -> dict[str, Any]:
         chosen = get_method(method)
         sources: Ensemble | Sequence[Any] | None = checkpoints
@@ -269,11 +256,10 @@ class AttributionMixin(RecordedTraining):
             "task": task if task is not None else self._task(),
             "data_collator": self.data_collator,
             "checkpoints": sources,
-            "batch_size": batch_size if batch_size is not None else self.args.per_device_eval_batch_size,
-            "batch_tokens": batch_tokens,
-            "cache_dir": cache_dir,
+            "batch_size": self.args.per_device_eval_batch_size,
             "remove_unused_columns": self.args.remove_unused_columns,
             "progress": not self.args.disable_tqdm,
+            **passes,
         }
 
     @overload

@@ -42,6 +42,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, attribute_args: A
         batch_size=attribute_args.batch_size,
         batch_tokens=attribute_args.batch_tokens,
         cache_dir=attribute_args.cache_dir,
+        store_dtype=attribute_args.store_dtype,
     )
     if not PartialState().is_main_process:  # of `accelerate launch`: the processes shared the work, and all have it
         return scores
