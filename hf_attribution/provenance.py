@@ -21,7 +21,7 @@ def merge_provenance(parts: Sequence[Mapping[str, Any]], shared: Sequence[str]) 
 
     Returns:
         `fingerprints`; the sum of `seconds`; the union of `used_subsets`, in order; the list of `choices`; the
-        `columns`: each only where a part has it.
+        `columns`; `sources` and `paper` where they are the same in all: each only where a part has it.
 
     Raises:
         MismatchError: One of the `shared` fingerprints differs.
@@ -50,6 +50,9 @@ def merge_provenance(parts: Sequence[Mapping[str, Any]], shared: Sequence[str]) 
         found = [part[key] for part in parts if key in part]
         if found:
             merged[key] = join(found)
+    for key in ("sources", "paper"):
+        if all(key in part and part[key] == parts[0][key] for part in parts):
+            merged[key] = parts[0][key]
     return merged
 
 

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from hf_attribution.counterfactuals import Counterfactuals
 from hf_attribution.errors import UnfinishedError, UnsupportedError
+from hf_attribution.provenance import hub_sources
 from hf_attribution.retraining.plan import Plan
 from hf_attribution.retraining.progress import Progress, Tracker
 from hf_attribution.retraining.runs import work
@@ -113,6 +114,7 @@ def _collect(plan: Plan, progress: Progress, shard: str | None) -> Counterfactua
     )
     provenance = {
         "fingerprints": plan.fingerprints,
+        "sources": hub_sources(plan.trainer.model, plan.trainer.train_dataset),
         "seconds": sum(seconds for _, seconds in finished.values()),
         "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "accelerate")},
     }
