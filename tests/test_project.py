@@ -43,7 +43,7 @@ LAYERS = (
     ("checkpoints", "attribution"),
     ("trainer", "report", "workspace"),
     ("studies", "debugging"),
-    ("demo", "cli"),
+    ("demo", "commands", "cli"),
 )
 LEVELS = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

@@ -107,7 +107,8 @@ def estimate(
     values, choices = estimator.estimate(counterfactuals, Context(train_dataset, previous))
     seconds = time.perf_counter() - started
     provenance, protocol = counterfactuals.provenance, counterfactuals.protocol
-    known = {"fingerprints": provenance.get("fingerprints"), "measurement": protocol.get("measurement")}
+    known = {name: provenance.get(name) for name in ("fingerprints", "columns", "sources")}
+    known["measurement"] = protocol.get("measurement")
     return Scores(
         np.asarray(values, dtype=np.float32),
         estimator.name,

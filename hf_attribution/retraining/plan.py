@@ -18,6 +18,7 @@ from hf_attribution.counterfactuals import Subsets
 from hf_attribution.data import Batch, Split, check_same_columns, used_columns
 from hf_attribution.errors import MismatchError, UnsupportedError
 from hf_attribution.inputs import unwrap, weights_fingerprint
+from hf_attribution.provenance import hub_sources
 from hf_attribution.retraining.arguments import described_arguments, material_arguments
 from hf_attribution.retraining.checks import check_optimizers, check_trainer, check_weighted, check_writable
 from hf_attribution.retraining.manifest import check_manifest, folder_name
@@ -94,7 +95,8 @@ class Plan:
         queries: The query batches, collated once for all runs.
         worklist: The runs, in their folder.
         manifest: What the folder belongs to; JSON.
-        fingerprints: Of initial model, training data, queries and task.
+        origin: `fingerprints` of initial model, training data, queries and task; the data's `columns`; the `sources`
+            of model and data on the Hub; JSON.
         fresh_weights: Whether runs start from weights of their own.
     """
 
@@ -107,7 +109,7 @@ class Plan:
     queries: list[Batch]
     worklist: WorkList
     manifest: dict[str, Any]
-    fingerprints: dict[str, str]
+    origin: dict[str, Any]
     fresh_weights: bool
 
     def open_folder(self) -> None:
@@ -203,9 +205,14 @@ def make_plan(trainer: Trainer, recipe: Recipe, request: Request) -> Plan:
     folder = Path(request.output_dir or Path(str(trainer.args.output_dir), folder_name(manifest)))
     worklist = WorkList(folder, request.subsets.keys(), request.seeds, request.keep_checkpoints)
     fresh = request.protocol != "fixed" and _draws_weights(trainer, recipe, fingerprints["model"])
+    origin = {
+        "fingerprints": fingerprints,
+        "columns": {split.name: split.columns for split in (train, query)},
+        "sources": hub_sources(initial, trainer.train_dataset),
+    }
     return Plan(
         request, task, recipe, trainer.args, trainer.train_dataset, _callbacks(trainer), queries, worklist, manifest,
-        fingerprints, fresh,
+        origin, fresh,
     )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from transformers.utils import logging
 
 from hf_attribution.counterfactuals import Counterfactuals
 from hf_attribution.errors import UnfinishedError, UnsupportedError
-from hf_attribution.provenance import hub_sources
 from hf_attribution.retraining.plan import Plan
 from hf_attribution.retraining.progress import Progress, Tracker
 from hf_attribution.retraining.runs import work
@@ -113,8 +112,7 @@ def _collect(plan: Plan, progress: Progress, shard: str | None) -> Counterfactua
         [[finished[Run(m, r)][0] for r in range(worklist.num_seeds)] for m in range(len(worklist.keys))]
     )
     provenance = {
-        "fingerprints": plan.fingerprints,
-        "sources": hub_sources(plan.trainer.model, plan.trainer.train_dataset),
+        **plan.origin,
         "seconds": sum(seconds for _, seconds in finished.values()),
         "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "accelerate")},
     }
