@@ -39,7 +39,7 @@ LAYERS = (
     ("problem",),
     ("methods", "retraining"),
     ("simfluence",),
-    ("ensemble",),
+    ("ensemble", "worker"),
     ("checkpoints", "attribution"),
     ("trainer", "report", "workspace"),
     ("studies", "debugging"),

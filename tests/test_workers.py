@@ -2,7 +2,6 @@
 
 import errno
 import functools
-import io
 import json
 import os
 import signal
@@ -148,7 +147,7 @@ def test_a_worker_with_other_versions_is_refused(tmp_path):
     plan.manifest["versions"]["torch"] = "1.0"
     packed = parcels.pack(plan, [Run(0, 0)], 1)
     with pytest.raises(MismatchError, match=r"A worker has torch .* instead of 1\.0: install the same versions"):
-        parcels.unpack(io.BytesIO(packed))
+        parcels.unpack(packed)
 
 
 def test_results_of_other_versions_are_not_mixed(tmp_path):

@@ -6,7 +6,7 @@ need no `if __name__ == "__main__"`; those of importable modules travel by name.
 
 import dataclasses
 import pickle
-from typing import IO, Any
+from typing import Any
 
 import cloudpickle
 import torch
@@ -80,11 +80,11 @@ def pack(plan: Plan, runs: list[Run], threads: int) -> bytes:
         ) from error
 
 
-def unpack(stream: IO[bytes]) -> tuple[Plan, list[Run]]:
+def unpack(parcel: bytes) -> tuple[Plan, list[Run]]:
     """Read a plan in a worker, and set torch as it was set where the plan was made.
 
     Args:
-        stream: What `pack` made.
+        parcel: What `pack` made.
 
     Returns:
         The plan, and the runs that are to be done.
@@ -92,7 +92,7 @@ def unpack(stream: IO[bytes]) -> tuple[Plan, list[Run]]:
     Raises:
         MismatchError: If this worker has other versions of the libraries.
     """
-    state, plan, runs = pickle.load(stream)
+    state, plan, runs = pickle.loads(parcel)
     wanted, own = plan.manifest["versions"], versions()
     different = [f"{name} {own[name]} instead of {wanted[name]}" for name in wanted if own[name] != wanted[name]]
     if different:

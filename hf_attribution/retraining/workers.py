@@ -36,7 +36,7 @@ _LAUNCHED_PREFIXES = (
     *("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON", "ACCELERATE_DEEPSPEED_"),
     *("ACCELERATE_USE_PARALLELISM", "PARALLELISM_CONFIG_"),
 )
-_WORKER = "from hf_attribution.retraining.worker import main; main()"
+_WORKER = "from hf_attribution.worker import main; main()"
 
 
 class WorkerTraceback(Exception):
@@ -128,7 +128,7 @@ class Crew:
         self._processes.append(process)
         # Its input stays open: when it is closed, however this process ends, the worker ends, too.
         with process, contextlib.suppress(BrokenPipeError):
-            process.stdin.write(self._parcel)  # type: ignore[union-attr]
+            process.stdin.write(len(self._parcel).to_bytes(8, "little") + self._parcel)  # type: ignore[union-attr]
             process.stdin.flush()  # type: ignore[union-attr]
             message = process.stdout.read()  # type: ignore[union-attr]
             process.wait()

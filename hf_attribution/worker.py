@@ -1,4 +1,7 @@
-"""What a worker process runs: it reads a plan, and does its runs together with the others, until none is missing."""
+"""What a worker process of `retrain` runs: it does the runs of a plan with the others, until none is missing.
+
+Nothing heavy is imported before it watches over the process that started it.
+"""
 
 import contextlib
 import gc
@@ -17,11 +20,12 @@ def main() -> None:
     answer = os.dup(1)
     os.dup2(2, 1)  # what users' code prints is no answer
     try:
+        parcel = sys.stdin.buffer.read(int.from_bytes(sys.stdin.buffer.read(8), "little"))
+        threading.Thread(target=_end_with_parent, daemon=True).start()
         from hf_attribution.retraining.parcels import unpack
         from hf_attribution.retraining.runs import work
 
-        plan, runs = unpack(sys.stdin.buffer)
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        plan, runs = unpack(parcel)
         gc.enable()
         work(plan, lambda: plan.worklist.missing(runs))
     except BaseException as error:
