@@ -258,7 +258,7 @@ class Split:
     @property
     def columns(self) -> list[str] | None:
         """The columns that the fingerprint is of; None where the dataset has none."""
-        return list(self.dataset.column_names) if _is_arrow(self.dataset) else None
+        return list(self.dataset.column_names or ()) or None if _is_arrow(self.dataset) else None
 
     @functools.cached_property
     def fingerprint(self) -> str:

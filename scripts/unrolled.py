@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from datasets import Dataset
 from rich.console import Console
@@ -295,7 +296,7 @@ def resampled(
         )  # fmt: skip
         trainer.train()
         predicted = cast(Any, trainer.predict(query)).predictions.argmax(-1)
-        console.print(f"{name}: {(predicted == query['labels'].numpy()).mean():.0%} of the queries right")
+        console.print(f"{name}: {(predicted == np.array(query['labels'])).mean():.0%} of the queries right")
         full, half = (trainer.train_ensemble(6, fraction) for fraction in (1.0, 0.5))
         training = full.provenance["seconds"] / 6
         found: dict[str, tuple[Any, float]] = {}

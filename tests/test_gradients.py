@@ -112,7 +112,7 @@ def test_factored_second_moments_are_the_means_of_squared_gradients(family):
     gradients = PerExampleGradients(model, infer_task(model).losses, probe_of(batch))
 
     class Rows:
-        def batches(self, only):
+        def batches(self, only, shared):
             yield as_batch(batch)
 
         def __len__(self):

@@ -66,9 +66,9 @@ class Passes(Split):
 
     count = 0
 
-    def batches(self, *args):
+    def batches(self, *args, **kwargs):
         Passes.count += self.name == "train"
-        return super().batches(*args)
+        return super().batches(*args, **kwargs)
 
 
 def points(rows, seed):

@@ -127,10 +127,12 @@ class Source(GradientMethod):
         """The solver; where it is to be chosen, the exact one if the largest segment's rows fit."""
         if self.solver != "auto":
             return self.solver
-        model, _ = next(dataclasses.replace(problem, checkpoints=problem.checkpoints[:1]).models())
-        rows = CurvatureRows(model, problem.task, problem.train, self.curvature, self.modules_of(model), self.seed)
-        num_rows = num_checkpoints * len(rows.gradients) * len(problem.train)
-        return "dual" if num_rows <= MAX_AUTO_ROWS and dual_bytes(rows, num_rows) <= MAX_BYTES else "ekfac"
+        fits = True
+        for model, _ in dataclasses.replace(problem, checkpoints=problem.checkpoints[:1]).models():
+            rows = CurvatureRows(model, problem.task, problem.train, self.curvature, self.modules_of(model), self.seed)
+            num_rows = num_checkpoints * len(rows.gradients) * len(problem.train)
+            fits = num_rows <= MAX_AUTO_ROWS and dual_bytes(rows, num_rows) <= MAX_BYTES
+        return "dual" if fits else "ekfac"
 
     def _learning_rate_sums(self, checkpoints: Sequence[Checkpoint]) -> np.ndarray:
         """The learning rates of the steps that each checkpoint stands for, added up: float64 `[C]`."""
