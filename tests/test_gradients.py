@@ -115,6 +115,9 @@ def test_factored_second_moments_are_the_means_of_squared_gradients(family):
         def batches(self, only, shared):
             yield as_batch(batch)
 
+        def in_parts(self, function, batch):
+            return [function(batch)]
+
         def __len__(self):
             return len(as_batch(batch).indices)
 
