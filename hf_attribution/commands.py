@@ -147,7 +147,7 @@ def push(args: PushArguments, data_args: DataArguments) -> None:
 
     known = {each.name for each in dataclasses.fields(AttributionCardData)}
     said = AttributionCardData(**{name: value for name, value in vars(args).items() if name in known})
-    options = {"private": args.private or None, "revision": args.revision, "card_data": said}
+    options: dict[str, Any] = {"private": args.private or None, "revision": args.revision, "card_data": said}
     artefact = load(args.artefact)
     if isinstance(artefact, Scores):
         options |= {"top_k": args.top_k, **_shown(data_args, args.columns)}
