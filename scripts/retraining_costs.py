@@ -11,6 +11,7 @@ import torch
 from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup
 
 from hf_attribution import AttributionTrainer
+from hf_attribution.data import used_columns
 from hf_attribution.demo.acts import ACTS
 
 EPOCHS, BATCH, RATE, AT_ONCE = 10, 64, 5e-3, 4
@@ -94,7 +95,7 @@ def _bare_trainer(material: Any, half: Any, folder: str) -> None:
 def _loop(material: Any, half: Any) -> None:
     """AdamW with a linear schedule and clipping over batches that were collated once."""
     model = material.model_init().train()
-    inputs = material.data_collator(list(half))
+    inputs = material.data_collator(list(used_columns(half, model)))
     steps = EPOCHS * -(-len(half) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
