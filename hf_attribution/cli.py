@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import hf_attribution
-from hf_attribution import commands
 from hf_attribution.arguments import (
     AttributeArguments,
     DataArguments,
@@ -26,6 +25,7 @@ from hf_attribution.arguments import (
     ReportArguments,
     RetrainArguments,
 )
+from hf_attribution.commands import attribute, demo, estimate, evaluate, methods, pull, push, report, retrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,18 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 COMMANDS = {
-    "demo": Command(
-        commands.demo, (DemoArguments,), "the whole story on three small models, on a laptop", "--acts digits"
-    ),
+    "demo": Command(demo, (DemoArguments,), "the whole story on three small models, on a laptop", "--acts digits"),
     "attribute": Command(
-        commands.attribute,
+        attribute,
         (ModelArguments, DataArguments, AttributeArguments),
         "score training examples for queries",
         "--model_name_or_path me/my-sst2-model --dataset_name nyu-mll/glue --dataset_config_name sst2 "
         "--max_query_examples 100 --method trak --output_file trak.safetensors",
     ),
     "retrain": Command(
-        commands.retrain,
+        retrain,
         (ModelArguments, DataArguments, RetrainArguments),
         "retrain on subsets: the ground truth",
         "--model_name_or_path google-bert/bert-base-uncased --task text-classification --dataset_name nyu-mll/glue "
@@ -102,40 +100,40 @@ COMMANDS = {
         trains=True,
     ),
     "estimate": Command(
-        commands.estimate,
+        estimate,
         (EstimateArguments, DataArguments),
         "scores from retrained models",
         """--counterfactuals fit.safetensors --method datamodel --method_settings '{"penalty": "ridge"}'""",
     ),
     "evaluate": Command(
-        commands.evaluate,
+        evaluate,
         (EvaluateArguments, DataArguments),
         "judge scores by retrained models",
         "--scores trak.safetensors grad_cos.safetensors --counterfactuals truth.safetensors "
         "--dataset_name nyu-mll/glue --dataset_config_name sst2 --max_train_examples 2000",
     ),
     "push": Command(
-        commands.push,
+        push,
         (PushArguments, DataArguments),
         "put scores or retrainings on the Hub",
         "--artefact trak.safetensors --repo_id me/sst2-trak --counterfactuals truth.safetensors --license cc-by-4.0 "
         "--dataset_name nyu-mll/glue --dataset_config_name sst2 --columns sentence label",
     ),
     "pull": Command(
-        commands.pull,
+        pull,
         (PullArguments,),
         "fetch them from the Hub",
         "--repo_id me/sst2-trak --output_file trak.safetensors",
     ),
     "report": Command(
-        commands.report,
+        report,
         (ModelArguments, DataArguments, ReportArguments),
         "a page of scores beside the data",
         "--scores trak.safetensors grad_cos.safetensors --counterfactuals truth.safetensors "
         "--model_name_or_path me/my-sst2-model --dataset_name nyu-mll/glue --dataset_config_name sst2 "
         "--max_query_examples 100 --output_file report.html",
     ),
-    "methods": Command(commands.methods, (), "list attribution methods and their settings"),
+    "methods": Command(methods, (), "list attribution methods and their settings"),
 }
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def attribute(model_args: ModelArguments, data_args: DataArguments, args: AttributeArguments) -> None:
     """Score every training example for every query, and write the scores."""
-    from hf_attribution import attribution
+    from hf_attribution.attribution import attribute as compute_scores
     from hf_attribution.methods import get_method
     from hf_attribution.processes import state
     from hf_attribution.workspace import checkpoints_for, load_workspace
@@ -36,7 +36,7 @@ def attribute(model_args: ModelArguments, data_args: DataArguments, args: Attrib
     method = _chosen(get_method, args)
     checkpoints = checkpoints_for(method, args.checkpoints)
     workspace = load_workspace(model_args, data_args)
-    scores = attribution.attribute(
+    scores = compute_scores(
         workspace.trained_model(checkpoints),
         workspace.train,
         workspace.query,
@@ -72,7 +72,7 @@ def retrain(
         data_collator=workspace.data_collator,
         processing_class=workspace.processing_class,
     )
-    settings = {
+    settings: dict[str, Any] = {
         "num_subsets": args.num_subsets,
         "fraction": args.fraction,
         "seeds": args.seeds,
@@ -98,16 +98,17 @@ def retrain(
 
 def estimate(args: EstimateArguments, data_args: DataArguments) -> None:
     """Estimate scores from the outputs of retrained models: datamodels and their relatives."""
-    from hf_attribution import estimation
     from hf_attribution.counterfactuals import Counterfactuals
+    from hf_attribution.estimation import estimate as estimate_scores
+    from hf_attribution.estimation import get_estimator
     from hf_attribution.scores import Scores
 
-    estimator = _chosen(estimation.get_estimator, args)
+    estimator = _chosen(get_estimator, args)
     if args.group_column is not None and data_args.dataset_name is None:
         raise ValueError(f"--group_column {args.group_column} is a column of the training data: name --dataset_name.")
     truth = Counterfactuals.load(args.counterfactuals)
     previous = Scores.load(args.previous) if args.previous is not None else None
-    scores = estimation.estimate(truth, estimator, train_dataset=_train_if_named(data_args), previous=previous)
+    scores = estimate_scores(truth, estimator, train_dataset=_train_if_named(data_args), previous=previous)
     scores.save(args.output_file)
     _say(f"{scores!r}: {args.output_file}")
 

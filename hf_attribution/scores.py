@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -173,9 +174,8 @@ class Scores(TabularArtefact):
             The file.
         """
         # The page stands above the artefacts, and is reached as users reach it: by the package's face.
-        import hf_attribution
-
-        return hf_attribution.write_report(self, path, train_dataset, query_dataset, **options)
+        face = importlib.import_module("hf_attribution")
+        return face.write_report(self, path, train_dataset, query_dataset, **options)
 
     def _extremes(self, k: int, train_dataset: datasets.Dataset | None, sign: int) -> datasets.Dataset:
         num_examples = self.values.shape[1]

@@ -121,7 +121,7 @@ def vit() -> PreTrainedModel:
 def small_vit() -> PreTrainedModel:
     """A smaller one of 18k parameters."""
     shape: dict[str, Any] = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, **shape, **dropout
     )
@@ -278,7 +278,7 @@ def resampled(
     console: Console,
     name: str = "CNN",
     folder: str = "",
-    runs: int | str = 20,
+    runs: int = 20,
     num_subsets: int = 60,
     seeds: int = 4,
 ) -> None:
@@ -286,7 +286,7 @@ def resampled(
 
     With a folder, what is finished in it is not done again.
     """
-    train, query, runs = digits(slice(1000)), digits(slice(1000, 1000 + FEWER)), int(runs)
+    train, query = digits(slice(1000)), digits(slice(1000, 1000 + FEWER))
     setting = SETTINGS[name]
     with contextlib.ExitStack() as stack:
         trainer = trainer_of(
@@ -340,6 +340,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "speed":
         speed(Console(width=140), *sys.argv[2:])
     elif sys.argv[1] == "resampled":
-        resampled(Console(width=140), *sys.argv[2:])
+        name, folder, runs = (*sys.argv[2:], *("CNN", "", "20")[len(sys.argv) - 2 :])
+        resampled(Console(width=140), name, folder, int(runs))
     else:
         lds(Console(width=140))

@@ -102,7 +102,7 @@ def read_items(
     rows = sorted({int(row) for row in rows})
     wanted = [*columns, group_column, *(("input_ids", "attention_mask") if pieces else ())]
     kept = [name for name in dict.fromkeys(wanted) if name in dataset.column_names]
-    selected = dataset.with_format(None).select(rows).select_columns(kept) if kept else [{} for _ in rows]
+    selected: Any = dataset.with_format(None).select(rows).select_columns(kept) if kept else [{} for _ in rows]
     for name in kept:  # undecoded, so that a broken image spoils no row
         if isinstance(dataset.features[name], datasets.Image):
             selected = selected.cast_column(name, datasets.Image(decode=False))
@@ -111,7 +111,7 @@ def read_items(
         if fields is None:
             fields = [_field(values[name], dataset.features[name], share) for name in columns]
         item: dict[str, Any] = {"fields": fields or [{"note": "no column to show: choose one with columns="}]}
-        if group_column in values:
+        if group_column is not None and group_column in values:
             item["group"] = group_name(dataset, group_column, values[group_column])
         yield row, item
 

@@ -106,7 +106,9 @@ class TokenColours:
         return fields
 
     def _raw(self, ids: Sequence[int]) -> dict[str, Any]:
-        pieces, tokens, size = [], [], 0
+        pieces: list[Any] = []
+        tokens: list[Any] = []
+        size = 0
         for position, token in enumerate(self.tokenizer.convert_ids_to_tokens(list(ids))):
             size += len(str(token)) + 4
             if size > self.share:
