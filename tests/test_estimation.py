@@ -281,6 +281,16 @@ def test_fit_and_evaluation_share_no_subset():
         estimate(fit, held_out=outputs.select(range(80, 120)))
 
 
+@pytest.mark.parametrize("other", [{"name": "fixed"}, {"measurement": "loss"}])
+def test_what_is_held_out_is_of_the_same_protocol(other):
+    protocol = {"name": "resampled", "measurement": "margin"}
+    subsets = Subsets.random(N, 60)
+    fit = retrained(subsets.select(range(40)), truth(), protocol=protocol)
+    held_out = retrained(subsets.select(range(40, 60)), truth(), protocol=protocol | other)
+    with pytest.raises(MismatchError, match=f"'{next(iter(other))}' is .* and '{next(iter(other.values()))}'"):
+        estimate(fit, held_out=held_out)
+
+
 def test_provenance_is_that_of_the_retrainings():
     kwargs = {
         "protocol": {"name": "resampled", "measurement": "margin", "fraction": 0.5},

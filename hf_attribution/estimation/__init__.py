@@ -79,8 +79,8 @@ def estimate(
         the keys of the subsets.
 
     Raises:
-        MismatchError: A subset is also held out; or `previous` are of another estimator, or of other subsets, examples
-            or queries.
+        MismatchError: A subset is also held out; what is held out is of another protocol or measurement; or
+            `previous` are of another estimator, or of other subsets, examples or queries.
 
     Example:
         >>> subsets = Subsets.random(num_examples=20, num_subsets=200)
@@ -101,6 +101,13 @@ def estimate(
                 f"{len(shared)} of the {len(keys)} subsets to fit are also held out: split them first, "
                 "counterfactuals.select(rows)."
             )
+        for key in ("name", "measurement"):
+            fitted, judged = (each.protocol.get(key) for each in (counterfactuals, held_out))
+            if fitted != judged:
+                raise MismatchError(
+                    f"The outputs to fit and those held out are of different protocols: '{key}' is {fitted!r} and "
+                    f"{judged!r}. Retrain both alike."
+                )
     if previous is not None:
         _check_previous(previous, estimator, counterfactuals)
     started = time.perf_counter()
