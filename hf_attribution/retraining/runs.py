@@ -21,6 +21,7 @@ from hf_attribution.retraining.together import agreed
 from hf_attribution.retraining.weighted import carry_examples, give_weights, weighted_class
 from hf_attribution.retraining.worklist import Run
 from hf_attribution.seeds import derive_seed, seeded
+from hf_attribution.weights import quiet_transformers
 
 logger = logging.get_logger(__name__)
 
@@ -37,7 +38,7 @@ def work(plan: Plan, missing: Callable[[], list[Run]], between: Callable[[], Non
         missing: Says which runs are not finished.
         between: Called after every run.
     """
-    with _old_objects_left_alone(), _warned_already():
+    with _old_objects_left_alone(), quiet_transformers():  # once is enough for their warnings
         while todo := agreed(plan.args, missing):
             worked = False
             for run in todo:
@@ -67,20 +68,6 @@ def _old_objects_left_alone() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-@contextlib.contextmanager
-def _warned_already() -> Iterator[None]:
-    """Keep transformers from giving its warnings and bars of model and tokenizer once more for every training."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def train_and_measure(plan: Plan, run: Run) -> tuple[np.ndarray, Trainer]:
