@@ -1,7 +1,6 @@
 """The linear datamodeling score of an attribution, with what is needed to judge it."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,7 +144,7 @@ def evaluate_lds(
     )
     partial_ceiling = None
     if counts is not None:
-        partial_ceiling = _ceiling(counterfactuals, numbers["partial_lds"], counts)
+        partial_ceiling = _ceiling(counterfactuals, counts)
     known = {
         "fraction": counterfactuals.subsets.fraction,
         "num_subsets": num_subsets,
@@ -154,7 +153,7 @@ def evaluate_lds(
     return LDSReport(
         method=scores.method,
         confidence_level=confidence_level,
-        ceiling=_ceiling(counterfactuals, numbers["lds"]),
+        ceiling=_ceiling(counterfactuals),
         partial_ceiling=partial_ceiling,
         protocol={**known, **counterfactuals.protocol},
         group_column=column,
@@ -255,9 +254,9 @@ def _subsets_needed(num_groups: int) -> int:
     return num_groups + 4
 
 
-def _ceiling(counterfactuals: Counterfactuals, lds: float, covariates: np.ndarray | None = None) -> float | None:
-    """Return the noise ceiling, or None where one seed cannot tell or no query is defined."""
-    if counterfactuals.outputs.shape[1] < 2 or math.isnan(lds):
+def _ceiling(counterfactuals: Counterfactuals, covariates: np.ndarray | None = None) -> float | None:
+    """Return the noise ceiling, or None where one seed cannot tell or no query's outputs vary."""
+    if counterfactuals.outputs.shape[1] < 2 or np.isnan(counterfactuals.reliability(covariates)).all():
         return None
     return counterfactuals.mean_ceiling(covariates)
 

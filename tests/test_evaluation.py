@@ -81,7 +81,7 @@ def test_partial_lds_unmasks_the_label(effects, labels, truth):
     assert report.lds > 0.4
     assert np.isnan(report.partial_lds)
     assert report.partial_num_undefined == NUM_QUERIES
-    assert report.partial_ceiling is None
+    assert report.partial_ceiling == truth.mean_ceiling(truth.subsets.counts(labels))  # the truth's
 
     report = evaluate_lds(Scores(effects, method="oracle"), truth, train)
     assert (report.group_column, report.num_groups) == ("label", 3)
@@ -163,7 +163,7 @@ def test_constant_scores_are_counted(effects, truth):
     assert np.isnan(report.lds_per_query[2])
     nothing = evaluate_lds(Scores(np.zeros_like(effects), method="s"), truth)
     assert np.isnan(nothing.lds)
-    assert nothing.ceiling is None
+    assert nothing.ceiling == truth.mean_ceiling()
     assert "5 of 5 queries" in str(nothing)
 
 
