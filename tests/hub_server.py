@@ -126,7 +126,7 @@ class Hub:
 
 def environment(url: str, folder: Path, token: str | None = "hf_writer") -> dict[str, str]:
     """The environment of a process that takes the server for the Hub, with a cache of its own."""
-    unset = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_TOKEN")
+    unset = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "HF_TOKEN")
     kept = {name: value for name, value in os.environ.items() if name not in unset}
     cache = {"HF_HOME": str(folder), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return {**kept, **cache, "HF_ENDPOINT": url, "PYTHONPATH": str(ROOT), **({"HF_TOKEN": token} if token else {})}

@@ -106,5 +106,7 @@ def test_the_wheel_holds_the_package_and_the_metrics(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     metrics = {f"hf_attribution/{path}" for path in modules(ROOT / "metrics")}
-    assert held >= metrics | set(modules(PACKAGE))
+    guides = {f"hf_attribution/guides/{path.name}" for path in (PACKAGE / "guides").glob("*.md")}
+    assert guides
+    assert held >= metrics | guides | set(modules(PACKAGE))
     assert not [name for name in held if name.startswith(("metrics/", "tests/", "scripts/"))]

@@ -15,7 +15,6 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 def test_its_python_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("mlxtend")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_EVALUATE_OFFLINE", "1")
     names: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 2
