@@ -2,7 +2,7 @@
 
 Both fit the factors and score, on the same trained model, rows, layers (linear ones and convolutions), damping and,
 for the true Fisher matrix, drawn targets: draws of their own would add noise to the comparison. A row of the table is
-a curvature and a library. Used by benchmark.py. `pip install --no-deps kronfluence==1.0.1 einconv einops opt_einsum`.
+a curvature and a library. `pip install --no-deps kronfluence==1.0.1 einconv einops opt_einsum`.
 """
 
 import copy
@@ -21,12 +21,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from small_cnn import SmallCNN, load
-from small_cnn import train as train_cnn
 from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 from transformers import BertConfig, BertForSequenceClassification
 
+from benchmarks.memory import Peak
+from benchmarks.small_cnn import SmallCNN, load
+from benchmarks.small_cnn import train as train_cnn
 from hf_attribution import EKFac, KFac, attribute
 from hf_attribution.logits import sampled_classes
 from hf_attribution.seeds import derive_seed
@@ -213,7 +214,8 @@ def compare(repeats: int) -> list[tuple[str, ...]]:
 
 def peak_memory(name: str, key: str) -> float:
     """MiB that a run takes beyond model and data, in a process of its own, on fresh weights."""
-    output = subprocess.run([sys.executable, __file__, name, key], check=True, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.reference_ekfac", name, key]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     return json.loads(output.stdout.splitlines()[-1])
 
 
@@ -222,19 +224,12 @@ def measure(name: str, key: str) -> float:
     method, _, curvature = key.partition(" ")
     example = EXAMPLES[name]()
     model = example.fresh().eval()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _status("VmRSS")
-    if method == "kronfluence":
-        kronfluence(model, example, curvature, 1e-4, example.train[:]["labels"])
-    else:
-        ours(model, example, curvature, EKFac if method == "ekfac" else KFac)
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(field: str) -> int:
-    """A field of this process's status on Linux, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+    with Peak() as peak:
+        if method == "kronfluence":
+            kronfluence(model, example, curvature, 1e-4, example.train[:]["labels"])
+        else:
+            ours(model, example, curvature, EKFac if method == "ekfac" else KFac)
+    return peak.mib
 
 
 def _timed(seconds: dict[str, list[float]], key: str, run: Callable[[], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What retraining costs beside the trainings themselves, and what a second worker saves; see scripts/benchmark.py."""
+"""What differentiating through a training, and retraining, cost beside the trainings themselves."""
 
 import statistics
 import tempfile
@@ -8,13 +8,33 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Table
 from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup
 
+import unrolled
 from hf_attribution import AttributionTrainer
 from hf_attribution.data import used_columns
 from hf_attribution.demo.acts import ACTS
 
 EPOCHS, BATCH, RATE, AT_ONCE = 10, 64, 5e-3, 4
+
+
+def benchmark_unroll(arguments: Any, console: Console) -> None:
+    """Sweeps through a recorded training of a CNN, a ViT and a GPT-2 against its steps, beside double backward."""
+    unrolled.speed(console, repeats=arguments.repeats)
+
+
+def benchmark_runner(arguments: Any, console: Console) -> None:
+    """`retrain` against a bare Trainer and a bare PyTorch loop; retrainings by one and by two workers."""
+    table = Table("1,000 digits, halves", "CPU seconds a training", "retrain as a multiple")
+    for row in runner_overhead(arguments.repeats):
+        table.add_row(*row)
+    console.print(table)
+    table = Table("workers", "seconds", "times faster", title=f"{arguments.trainings} retrainings")
+    for row in second_worker(arguments.trainings):
+        table.add_row(*row)
+    console.print(table)
 
 
 def runner_overhead(repeats: int) -> Iterator[tuple[str, str, str]]:

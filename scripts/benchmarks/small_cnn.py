@@ -1,4 +1,4 @@
-"""One small task, and methods of this library and of others on it: seconds, trainings, LDS. Used by benchmark.py.
+"""One small task, and methods of this library and of others on it: seconds, trainings, LDS.
 
 The others run with the projector they take on a CPU, the same dimension and the same damping, the mean squared norm of
 the training features: without any (their default) the kernel of more dimensions than examples cannot be inverted.
