@@ -118,7 +118,7 @@ def test_what_is_no_shard_is_refused(tmp_path, shard):
 
 @pytest.mark.parametrize("number", [0, -1, "dask", 1.5])
 def test_what_is_no_number_of_workers_is_refused(tmp_path, number):
-    with pytest.raises(ValueError, match="workers must be a number of at least 1"):
+    with pytest.raises(ValueError, match="workers must be a number of at least 1, or 'ray'"):
         trainer_in(tmp_path).retrain(num_subsets=2, workers=number)
 
 

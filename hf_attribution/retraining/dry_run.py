@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 from hf_attribution.retraining.arguments import run_arguments
 from hf_attribution.retraining.manifest import check_manifest
 from hf_attribution.retraining.measuring import measured
-from hf_attribution.retraining.plan import Plan
+from hf_attribution.retraining.on_ray import places
+from hf_attribution.retraining.plan import Plan, Workers
 from hf_attribution.retraining.runs import build_trainer
 from hf_attribution.retraining.worklist import Run
 from hf_attribution.seeds import seeded
@@ -52,18 +53,18 @@ class RetrainingDryRun:
         missing = self.num_trainings - self.num_finished
         return (
             f"{self.num_trainings} trainings in {self.folder}, {self.num_finished} of them finished. "
-            f"The other {missing}: about {self.steps_per_training} steps and {_duration(self.seconds_per_training)} "
-            f"each, {_duration(self.seconds)} together; {_size(self.disk_bytes)} of disk, "
-            f"{_size(self.memory_bytes)} of memory for each that is trained at a time."
+            f"The other {missing}: about {self.steps_per_training} steps and {duration(self.seconds_per_training)} "
+            f"each, {duration(self.seconds)} together; {size(self.disk_bytes)} of disk, "
+            f"{size(self.memory_bytes)} of memory for each that is trained at a time."
         )
 
 
-def try_out(plan: Plan, workers: int = 1, shard: str | None = None) -> RetrainingDryRun:
+def try_out(plan: Plan, workers: Workers = 1, shard: str | None = None) -> RetrainingDryRun:
     """Train a few steps in a temporary folder, and say what all of it will take. Nothing is kept.
 
     Args:
         plan: The plan.
-        workers: How many trainings at a time.
+        workers: How many trainings at a time, as for `run_plan`.
         shard: Which share of the runs.
 
     Returns:
@@ -85,7 +86,7 @@ def try_out(plan: Plan, workers: int = 1, shard: str | None = None) -> Retrainin
         longer = subsets.masks.mean() * subsets.num_examples / subsets.masks[(missing or runs)[0].subset].sum()
     steps = max(1, round(tried.steps * longer))
     seconds = tried.around + steps * tried.seconds_per_step
-    at_a_time = max(1, min(workers, len(missing)))
+    at_a_time = max(1, min(places(plan.args) if workers == "ray" else workers, len(missing)))
     num_queries = sum(len(batch.indices) for batch in plan.queries)
     kept = 4 * num_queries + 1024
     kept += tried.model_bytes if worklist.keep_checkpoints else 0
@@ -155,13 +156,15 @@ def _few_steps(plan: Plan, run: Run) -> _Tried:
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as they are read: `12.3 s`, `1:02:03`."""
     return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 
-def _size(size: float) -> str:
+def size(number: float) -> str:
+    """Bytes as they are read: `1.2 GiB`."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
+        if number < 1024 or unit == "GiB":
             break
-        size /= 1024
-    return f"{size:.3g} {unit}"
+        number /= 1024
+    return f"{number:.3g} {unit}"

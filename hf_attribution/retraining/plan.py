@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from torch import nn
@@ -27,6 +27,9 @@ from hf_attribution.retraining.recipe import Recipe
 from hf_attribution.retraining.worklist import Run, WorkList, keep_subsets
 from hf_attribution.seeds import derive_seed, seeded
 from hf_attribution.tasks import Task, infer_task
+
+# How many trainings at a time on this machine, or as many as Ray's cluster has room for.
+Workers = int | Literal["ray"]
 
 PROTOCOLS = ("resampled", "fixed", "masked")
 
@@ -130,7 +133,9 @@ class Plan:
         for name in ("distributed_state", "_setup_devices"):
             vars(args).pop(name, None)
         request = dataclasses.replace(self.request, query_dataset=None)
-        return dataclasses.replace(self, args=args, request=request, recipe=self.recipe.portable())
+        worklist = dataclasses.replace(self.worklist, folder=self.worklist.folder.absolute())
+        recipe = self.recipe.portable()
+        return dataclasses.replace(self, args=args, request=request, recipe=recipe, worklist=worklist)
 
     def seed(self, run: Run) -> int:
         """The seed of a run: of its own, or with `"fixed"` the same for every subset."""

@@ -1,4 +1,4 @@
-"""Doing the runs of a plan: in this process, in several of this machine, or by shards; then all are collected.
+"""Doing the runs of a plan: in this process, in several, on a cluster, or by shards; then all are collected.
 
 Whoever works takes runs from one list in one folder and leaves the same files there, so that the runners can be
 interrupted, repeated, mixed and changed from call to call, and the artefact is the same.
@@ -12,7 +12,8 @@ from transformers.utils import logging
 
 from hf_attribution.counterfactuals import Counterfactuals
 from hf_attribution.errors import UnfinishedError, UnsupportedError
-from hf_attribution.retraining.plan import Plan
+from hf_attribution.retraining.on_ray import RayCrew
+from hf_attribution.retraining.plan import Plan, Workers
 from hf_attribution.retraining.progress import Progress, Tracker
 from hf_attribution.retraining.runs import work
 from hf_attribution.retraining.together import agreed, check_alike
@@ -25,13 +26,13 @@ _POLL_SECONDS = 0.2
 
 
 def run_plan(
-    plan: Plan, workers: int = 1, shard: str | None = None, tracker: Tracker | None = None
+    plan: Plan, workers: Workers = 1, shard: str | None = None, tracker: Tracker | None = None
 ) -> Counterfactuals:
     """Do the runs that are not finished, together with whoever else works on the folder, and collect all outputs.
 
     Args:
         plan: The plan.
-        workers: How many trainings at a time on this machine.
+        workers: How many trainings at a time on this machine, or `"ray"` for as many as a cluster has room for.
         shard: Which share of the runs to do, `"3/16"`.
         tracker: Told of the progress.
 
@@ -56,18 +57,18 @@ def run_plan(
                 f"{worklist.folder}"
             )
         missing = agreed(args, progress.missing)
-        if missing and workers > 1:
-            with Crew(plan, workers, missing) as crew:
+        if missing and workers != 1:
+            with RayCrew(plan, missing) if workers == "ray" else Crew(plan, workers, missing) as crew:
                 _work_with(crew, plan, progress)
         elif missing:
             work(plan, progress.missing, progress.glance if main else None)
         return _collect(plan, progress, shard)
 
 
-def _check_workers(plan: Plan, workers: int) -> None:
+def _check_workers(plan: Plan, workers: Workers) -> None:
     processes = plan.args.world_size
-    if not isinstance(workers, int) or workers < 1:
-        raise ValueError(f"workers must be a number of at least 1, not {workers!r}.")
+    if workers != "ray" and (not isinstance(workers, int) or workers < 1):
+        raise ValueError(f"workers must be a number of at least 1, or 'ray', not {workers!r}.")
     if processes > 1 and workers != 1:
         raise UnsupportedError(
             f"This process is one of {processes} of a launch, which do every training together: leave workers out, or "
@@ -80,7 +81,7 @@ def _check_workers(plan: Plan, workers: int) -> None:
         )
 
 
-def _work_with(crew: Crew, plan: Plan, progress: Progress) -> None:
+def _work_with(crew: Crew | RayCrew, plan: Plan, progress: Progress) -> None:
     """Work beside the workers, or wait for them."""
 
     def missing() -> list[Run]:
