@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_attribution.attribution import attribute, attribute_parts, attribute_top, self_influence
     from hf_attribution.counterfactuals import Counterfactuals, Subsets
     from hf_attribution.debugging import find_duplicates, find_mislabeled, select_subset
+    from hf_attribution.dry_run import attribute_dry_run
     from hf_attribution.ensemble import Ensemble
     from hf_attribution.estimation import (
         AME,
@@ -73,6 +74,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "attribution": ("attribute", "attribute_parts", "attribute_top", "self_influence"),
+    "dry_run": ("attribute_dry_run",),
     "counterfactuals": ("Counterfactuals", "Subsets"),
     "debugging": ("find_duplicates", "find_mislabeled", "select_subset"),
     "ensemble": ("Ensemble",),
@@ -171,6 +173,7 @@ __all__ = [
     "Trak",
     "Unroll",
     "attribute",
+    "attribute_dry_run",
     "attribute_parts",
     "attribute_top",
     "brittleness",

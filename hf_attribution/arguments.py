@@ -86,6 +86,7 @@ class AttributeArguments:
     batch_tokens: int | None = option("Tokens in a batch, padding included, instead of batch_size rows.")
     cache_dir: str | None = option("Folder that keeps projected gradients for the next call. By default deleted.")
     store_dtype: str = option("Number format of projected gradients: float32, float16, bfloat16, int8.", "float32")
+    dry_run: bool = option("Only say what would be done, and roughly how long it would take.", False)
     output_file: str = option("Where the scores are written.", "scores.safetensors")
 
     def __post_init__(self) -> None:
@@ -145,7 +146,9 @@ class RetrainArguments:
         "resampled",
     )
     keep_checkpoints: bool = option("Keep the final weights of every training, in --output_dir.", False)
-    workers: int = option("Trainings at a time on this machine.", 1)
+    workers: str = option(
+        "Trainings at a time on this machine; ray for as many as a cluster of Ray has room for.", "1"
+    )
     shard: str | None = option(
         "Train this share alone, 3/16, as one of several jobs with the same --output_dir: sbatch --array=1-16 and "
         "--shard $SLURM_ARRAY_TASK_ID/16. The last job collects all outputs."
@@ -155,6 +158,15 @@ class RetrainArguments:
 
     def __post_init__(self) -> None:
         check_output_file(self.output_file)
+
+    @property
+    def crew(self) -> Any:
+        """Who trains, as `retrain` takes it: a number of workers, or `"ray"`.
+
+        Returns:
+            The number, or whatever else was given.
+        """
+        return int(self.workers) if self.workers.isdecimal() else self.workers
 
 
 @dataclass

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 def attribute(model_args: ModelArguments, data_args: DataArguments, args: AttributeArguments) -> None:
     """Score every training example for every query, and write the scores."""
     from hf_attribution.attribution import attribute as compute_scores
+    from hf_attribution.dry_run import attribute_dry_run
     from hf_attribution.methods import get_method
     from hf_attribution.processes import state
     from hf_attribution.workspace import checkpoints_for, load_workspace
@@ -36,19 +37,23 @@ def attribute(model_args: ModelArguments, data_args: DataArguments, args: Attrib
     method = _chosen(get_method, args)
     checkpoints = checkpoints_for(method, args.checkpoints)
     workspace = load_workspace(model_args, data_args)
-    scores = compute_scores(
-        workspace.trained_model(checkpoints),
-        workspace.train,
-        workspace.query,
-        method=method,
-        task=workspace.task,
-        data_collator=workspace.data_collator,
-        checkpoints=checkpoints,
-        batch_size=args.batch_size,
-        batch_tokens=args.batch_tokens,
-        cache_dir=args.cache_dir,
-        store_dtype=args.store_dtype,
-    )
+    data = (workspace.trained_model(checkpoints), workspace.train, workspace.query)
+    settings: dict[str, Any] = {
+        "method": method,
+        "task": workspace.task,
+        "data_collator": workspace.data_collator,
+        "checkpoints": checkpoints,
+        "batch_size": args.batch_size,
+        "batch_tokens": args.batch_tokens,
+        "cache_dir": args.cache_dir,
+        "store_dtype": args.store_dtype,
+    }
+    if args.dry_run:
+        expected = attribute_dry_run(*data, **settings)
+        if state().is_main_process:
+            _say(str(expected))
+        return
+    scores = compute_scores(*data, **settings)
     if state().is_main_process:  # of a launch; all have the same scores
         scores.save(args.output_file)
         _say(f"{scores!r}: {args.output_file}")
@@ -80,7 +85,7 @@ def retrain(
         "task": dataclasses.replace(workspace.task, label_smoothing=training_args.label_smoothing_factor),
         "seed": training_args.seed,
         "keep_checkpoints": args.keep_checkpoints,
-        "workers": args.workers,
+        "workers": args.crew,
         "shard": args.shard,
     }
     if args.dry_run:

@@ -10,19 +10,21 @@ from torch import nn
 from transformers import Trainer
 from typing_extensions import Unpack
 
-from hf_attribution.attribution import Passes, attribute, attribute_parts, attribute_top, self_influence
+from hf_attribution.attribution import attribute, attribute_parts, attribute_top, self_influence
 from hf_attribution.checkpoints import trainer_checkpoints
 from hf_attribution.counterfactuals import Counterfactuals, Subsets
 from hf_attribution.data import Split, select_rows
+from hf_attribution.dry_run import AttributionDryRun, attribute_dry_run
 from hf_attribution.ensemble import Ensemble
 from hf_attribution.errors import UnsupportedError
 from hf_attribution.methods import Method, get_method
 from hf_attribution.part_scores import PartScores
+from hf_attribution.posing import Passes
 from hf_attribution.replay.run import RecordedRun
 from hf_attribution.replay.training import RecordedTraining
 from hf_attribution.retraining import FollowUp, Recipe, Request, make_plan, run_plan
 from hf_attribution.retraining.dry_run import RetrainingDryRun, try_out
-from hf_attribution.retraining.plan import Plan, default_task
+from hf_attribution.retraining.plan import Plan, Workers, default_task
 from hf_attribution.retraining.progress import trainer_tracker
 from hf_attribution.retraining.recipe import copied, given
 from hf_attribution.scores import Scores
@@ -87,7 +89,7 @@ class AttributionMixin(RecordedTraining):
         checkpoints: Ensemble | Sequence[str | Path | nn.Module] | None = None,
         task: Task | None = None,
         recording: str | Path | None = None,
-        workers: int = 1,
+        workers: Workers = 1,
         **passes: Unpack[Passes],
     ) -> Scores:
         """Attribute the model's outputs on queries to its training examples.
@@ -129,6 +131,38 @@ class AttributionMixin(RecordedTraining):
             _one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
             query,
             **settings,
+        )
+
+    def attribute_dry_run(
+        self,
+        query_dataset: Any = None,
+        method: str | Method = "trak",
+        train_dataset: Any = None,
+        checkpoints: Ensemble | Sequence[str | Path | nn.Module] | None = None,
+        task: Task | None = None,
+        **passes: Unpack[Passes],
+    ) -> AttributionDryRun:
+        """Say what `attribute` would do and cost, found out by a few batches; see `hf_attribution.attribute_dry_run`.
+
+        Args:
+            query_dataset: As for `attribute`.
+            method: As for `attribute`.
+            train_dataset: As for `attribute`.
+            checkpoints: As for `attribute`.
+            task: As for `attribute`.
+            **passes: As for `attribute`.
+
+        Returns:
+            An `AttributionDryRun`, to be printed.
+
+        Example:
+            >>> print(trainer.attribute_dry_run(test, method="ekfac"))  # doctest: +SKIP
+        """
+        return attribute_dry_run(
+            cast(nn.Module, self.model),
+            _one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
+            _one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query"),
+            **self._attribution_settings(method, checkpoints, task, passes),
         )
 
     def attribute_top(
@@ -280,7 +314,7 @@ class AttributionMixin(RecordedTraining):
         task: Task | None = None,
         seed: int = 0,
         keep_checkpoints: bool = False,
-        workers: int = 1,
+        workers: Workers = 1,
         shard: str | None = None,
         dry_run: bool = False,
     ) -> Counterfactuals | RetrainingDryRun:
@@ -312,7 +346,9 @@ class AttributionMixin(RecordedTraining):
                 there are several, or a share of the threads. A worker that is killed costs its training, and is
                 replaced. However the work is shared, and whoever resumes it, the outputs are the same; their last
                 bits only where a training has as many threads. Processes of one `accelerate launch` or torchrun
-                do every training together, as `train` does.
+                do every training together, as `train` does. `"ray"` trains wherever a cluster of Ray has a GPU free,
+                or else a processor: the cluster that RAY_ADDRESS names, by default this machine alone. All its
+                machines must see `output_dir`.
             shard: Do this share alone, `"3/16"`, for arrays of jobs on a cluster with a common `output_dir`.
             dry_run: Only say what would be done, how long it would take and what disk and memory: a few steps are
                 trained, and nothing is written.
@@ -358,7 +394,7 @@ class AttributionMixin(RecordedTraining):
         output_dir: str | Path | None = None,
         subsets: Subsets | None = None,
         task: Task | None = None,
-        workers: int = 1,
+        workers: Workers = 1,
         shard: str | None = None,
     ) -> Ensemble:
         """Train models to attribute with, each on a random subset of the training data or on all of it.
@@ -421,7 +457,7 @@ class AttributionMixin(RecordedTraining):
         query_dataset: Any,
         task: Task | None,
         output_dir: str | Path | None,
-        workers: int,
+        workers: Workers,
         subsets: Subsets,
         protocol: str,
         seed: int,
@@ -435,7 +471,7 @@ class AttributionMixin(RecordedTraining):
         counterfactuals.save(plan.worklist.folder / "counterfactuals.safetensors")
         return counterfactuals, [plan.worklist.found(run) for run in plan.worklist.runs()]
 
-    def _run(self, request: Request, workers: int, shard: str | None = None) -> tuple[Counterfactuals, Plan]:
+    def _run(self, request: Request, workers: Workers, shard: str | None = None) -> tuple[Counterfactuals, Plan]:
         plan = make_plan(self, self._recipe, request)
         return run_plan(plan, workers, shard, trainer_tracker(self)), plan
 

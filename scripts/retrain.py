@@ -13,10 +13,10 @@
         --output_dir retrained \
         --output_file truth.safetensors
 
-Interrupted, the same command goes on where it stopped. With `--workers 4` four trainings go on at a time; under
-`accelerate launch` all processes do each training together. As jobs of a Slurm array, `--shard
-$SLURM_ARRAY_TASK_ID/16` does one share of the trainings, and the job that finishes last collects them. Every option of
-`TrainingArguments` is taken.
+Interrupted, the same command goes on where it stopped. With `--workers 4` four trainings go on at a time, with
+`--workers ray` as many as a cluster has room for; under `accelerate launch` all processes do each training together.
+As jobs of a Slurm array, `--shard $SLURM_ARRAY_TASK_ID/16` does one share of the trainings, and the job that finishes
+last collects them. `--dry_run` says what all of it would take. Every option of `TrainingArguments` is taken.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_attribution import AttributionTrainer, Counterfactuals
+from hf_attribution import AttributionTrainer
 from hf_attribution.arguments import DataArguments, ModelArguments, RetrainArguments
 from hf_attribution.workspace import load_workspace
 
@@ -34,7 +34,7 @@ def main(
     data_args: DataArguments,
     retrain_args: RetrainArguments,
     training_args: TrainingArguments,
-) -> Counterfactuals:
+) -> None:
     """Train on random subsets, and write what each trained model says about the queries."""
     # The model, and both datasets with its inputs beside their own columns.
     workspace = load_workspace(model_args, data_args)
@@ -59,12 +59,13 @@ def main(
         task=dataclasses.replace(workspace.task, label_smoothing=training_args.label_smoothing_factor),
         seed=training_args.seed,
         keep_checkpoints=retrain_args.keep_checkpoints,
-        workers=retrain_args.workers,
+        workers=retrain_args.crew,
         shard=retrain_args.shard,
+        dry_run=retrain_args.dry_run,
     )
-    truth.save(retrain_args.output_file)
     print(truth)
-    return truth
+    if not retrain_args.dry_run and trainer.is_world_process_zero():
+        truth.save(retrain_args.output_file)
 
 
 if __name__ == "__main__":

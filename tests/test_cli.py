@@ -175,6 +175,19 @@ def test_a_second_retrain_trains_no_more(cases, tmp_path, monkeypatch):
     assert file.read_bytes() == before
 
 
+def test_dry_runs_say_what_is_coming_and_write_nothing(cases, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "file.safetensors"
+    run("attribute", *cases["text"], "--method", "grad_dot", "--dry_run", "--output_file", file)
+    assert "grad_dot: 3 queries x 12 training examples." in capsys.readouterr().out
+    retraining = [*cases["text"], "--num_subsets", 3, *training(tmp_path / "runs"), "--dry_run", "--output_file", file]
+    run("retrain", *retraining)
+    script = ROOT / "scripts" / "retrain.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, retraining)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out.count("3 trainings in") == 2
+    assert not file.exists()
+
+
 @pytest.fixture
 def judged(tmp_path):
     """Retrainings whose outputs are the sum of known scores, and files of these scores and of random ones."""

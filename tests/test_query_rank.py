@@ -117,7 +117,7 @@ def test_scores_of_low_rank(network, method):
 
 
 def test_low_rank_saves_passes(network, monkeypatch):
-    monkeypatch.setattr("hf_attribution.attribution.Split", Passes)
+    monkeypatch.setattr("hf_attribution.posing.Split", Passes)
 
     def passes(rank):
         Passes.count = 0

@@ -106,6 +106,10 @@ class Method:
             "multiplies whole gradients, such as 'ekfac' or 'grad_dot' with dim=None, or score examples."
         )
 
+    def settled(self, problem: Problem) -> "Method":
+        """The method with those automatic settings fixed that depend on how much data there is."""
+        return self
+
     def shape(self, problem: Problem) -> tuple[int, int]:
         """The shape of the scores, `[Q, N]`; a method that scores the sum of all queries has one row."""
         return problem.shape

@@ -112,6 +112,14 @@ class Influence(GradientMethod):
             values = add_group_effect(values, *groups_of(problem, None, "group_effect="), self.group_effect)
         return Scored(values, choices)
 
+    def settled(self, problem: Problem) -> "Influence":
+        """Choose between exact and projected gradients, and the solver."""
+        for model, _ in dataclasses.replace(problem, checkpoints=problem.checkpoints[:1]).models():
+            linearised = _Linearised(self, problem, model, 0)
+            dim = linearised.dim
+            solver = self.solver if dim is not None else linearised.solver
+        return dataclasses.replace(self, dim=dim, solver=solver)
+
     def self_influence(self, problem: Problem) -> np.ndarray:
         """Solve for every checkpoint and training example, and average."""
         return problem.average(
@@ -136,7 +144,7 @@ class _Linearised:
     def inverse(self, queries: Source | None = None) -> tuple[_Inverse, dict[str, Any]]:
         """What multiplies with the inverse of H, and what was chosen."""
         note: dict[str, Any] = {"modules": list(self.modules or ())} if self.method.last_layer else {}
-        dim, solver, progress = self._dim, self._solver, self.problem.progress
+        dim, solver, progress = self.dim, self.solver, self.problem.progress
         if dim is not None:
             return self._projected(dim, queries), {**note, "solver": "dual", "dim": dim}
         note["solver"] = solver
@@ -175,7 +183,7 @@ class _Linearised:
         return [Source(gradients, self.problem.train) for gradients in rows.gradients]
 
     @property
-    def _dim(self) -> int | None:
+    def dim(self) -> int | None:
         """Dimension of the projection, if there is one."""
         if self.method.dim != "auto":
             return self.method.dim  # type: ignore[return-value]
@@ -186,7 +194,7 @@ class _Linearised:
         return AUTO_DIM if wanted and not exact else None
 
     @property
-    def _solver(self) -> str:
+    def solver(self) -> str:
         if self.method.solver != "auto":
             return self.method.solver
         rows_per_example = len(self._curvature_rows) if self.method.curvature == "gauss_newton" else 1

@@ -120,6 +120,10 @@ class Source(GradientMethod):
         }
         return Scored(values, choices)
 
+    def settled(self, problem: Problem) -> "Source":
+        """Choose the solver."""
+        return dataclasses.replace(self, solver=self._fitting_solver(problem, len(problem.checkpoints)))
+
     def _num_segments(self, num_checkpoints: int) -> int:
         return int(self.segments) if self.segments != "auto" else 2 if num_checkpoints == 2 else 3
 
