@@ -302,6 +302,9 @@ class AttributionMixin(RecordedTraining):
     @overload
     def retrain(self, *args: Any, dry_run: Literal[False] = False, **kwargs: Any) -> Counterfactuals: ...
 
+    @overload
+    def retrain(self, *args: Any, dry_run: bool, **kwargs: Any) -> Counterfactuals | RetrainingDryRun: ...
+
     def retrain(  # type: ignore[misc]  # the overloads above abbreviate its arguments
         self,
         query_dataset: Any = None,

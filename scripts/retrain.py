@@ -24,7 +24,7 @@ from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_attribution import AttributionTrainer
+from hf_attribution import AttributionTrainer, Counterfactuals
 from hf_attribution.arguments import DataArguments, ModelArguments, RetrainArguments
 from hf_attribution.workspace import load_workspace
 
@@ -64,7 +64,7 @@ def main(
         dry_run=retrain_args.dry_run,
     )
     print(truth)
-    if not retrain_args.dry_run and trainer.is_world_process_zero():
+    if isinstance(truth, Counterfactuals) and trainer.is_world_process_zero():
         truth.save(retrain_args.output_file)
 
 
