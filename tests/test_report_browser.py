@@ -98,6 +98,26 @@ def test_it_opens_in_silence_and_fetches_nothing(opened):
     assert opened.find_elements(By.CSS_SELECTOR, "#scatter svg")
 
 
+def test_the_query_is_there_before_what_draws_charts_is_read(browser, page):
+    source = "window.later = []; window.requestIdleCallback = (act) => window.later.push(act)"
+    added = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
+    browser.get("about:blank")
+    browser.get(f"{page.as_uri()}#query=5")
+    browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+    assert heading(browser) == "Query 5"
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#helpful > li")) == 10
+    assert browser.execute_script("return window.vegaEmbed === undefined")
+    browser.find_element(By.ID, "option-7").click()  # chosen before there is a chart
+    for chart in ("#ranking-list li", "#scatter svg", "#cost svg"):
+        browser.execute_script("window.later.shift()()")
+        wait(browser, lambda chart=chart: browser.find_elements(By.CSS_SELECTOR, chart))
+    assert "query 7" in browser.find_element(By.ID, "scatter-caption").text
+    marks = browser.execute_script(
+        "return [...document.querySelectorAll('#scatter path[aria-label]')].map((mark) => mark.ariaLabel)"
+    )
+    assert len(marks) == 30
+
+
 def test_what_the_data_hold_does_nothing(opened):
     for row in (3, 4):
         opened.find_element(By.ID, f"option-{row}").click()

@@ -103,22 +103,22 @@ def read_items(
     wanted = [*columns, group_column, *(("input_ids", "attention_mask") if pieces else ())]
     kept = [name for name in dict.fromkeys(wanted) if name in dataset.column_names]
     selected: Any = dataset.with_format(None).select(rows).select_columns(kept) if kept else [{} for _ in rows]
+    features = dataset.features  # a copy at each look
     for name in kept:  # undecoded, so that a broken image spoils no row
-        if isinstance(dataset.features[name], datasets.Image):
+        if isinstance(features[name], datasets.Image):
             selected = selected.cast_column(name, datasets.Image(decode=False))
     for row, values in zip(rows, selected, strict=True):
         fields = pieces(values, columns) if pieces is not None else None
         if fields is None:
-            fields = [_field(values[name], dataset.features[name], share) for name in columns]
+            fields = [_field(values[name], features[name], share) for name in columns]
         item: dict[str, Any] = {"fields": fields or [{"note": "no column to show: choose one with columns="}]}
         if group_column is not None and group_column in values:
-            item["group"] = group_name(dataset, group_column, values[group_column])
+            item["group"] = group_name(features[group_column], values[group_column])
         yield row, item
 
 
-def group_name(dataset: datasets.Dataset, column: str, value: Any) -> str:
-    """A group as people call it."""
-    feature = dataset.features[column]
+def group_name(feature: Any, value: Any) -> str:
+    """A group as people call it, given the feature of its column."""
     if isinstance(feature, datasets.ClassLabel) and value is not None and value >= 0:
         return clean(feature.int2str(value))
     return "none" if value is None else clean(str(value))[:200]

@@ -117,7 +117,8 @@ def write_report(
         has_colours=tokens is not None,
         has_chart=bool(entries) and data["charts"]["cost"] is not None,
         css=css,
-        scripts=[text for text in (vega, script) if text],
+        script=script,
+        vega=vega,
         policy=_policy([text for text in (vega, script) if text], css),
         data=script_json(data),
     )

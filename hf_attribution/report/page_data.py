@@ -178,10 +178,7 @@ def agreement(scores: Scores, rows: Rows, k: int) -> dict[str, float] | None:
     column = rows.group_column
     if column is None or column not in rows.query.column_names or column not in rows.train.column_names:
         return None
-    train, query = (
-        np.array([group_name(dataset, column, value) for value in dataset.with_format(None)[column][:]])
-        for dataset in (rows.train, rows.query)
-    )
+    train, query = (_group_names(dataset, column) for dataset in (rows.train, rows.query))
     names, counts = np.unique(train, return_counts=True)
     frequency = dict(zip(names.tolist(), (counts / len(train)).tolist(), strict=True))
     shares = {"helpful": 0.0, "harmful": 0.0}
@@ -219,6 +216,12 @@ def _rankings(scores: Scores, self_influence: np.ndarray | None) -> list[dict[st
         order = largest(sign * values, min(NUM_RANKED, num_examples))
         rankings.append({"title": title, "note": note, "rows": [[int(row), short(values[row])] for row in order]})
     return rankings
+
+
+def _group_names(dataset: datasets.Dataset, column: str) -> np.ndarray:
+    feature, values = dataset.features[column], dataset.with_format(None)[column][:]
+    names = {value: group_name(feature, value) for value in set(values)}
+    return np.array([names[value] for value in values])
 
 
 def _check_fingerprint(provenance: Mapping[str, Any], dataset: datasets.Dataset, name: str) -> bool:

@@ -3,11 +3,16 @@
 (() => {
   const page = JSON.parse(document.getElementById("page-data").textContent);
   const $ = (id) => document.getElementById(id);
-  const queries = page.queries.map((item, row) => ({ ...item, row, words: words(item) }));
-  const exampleWords = new Map(Object.entries(page.examples).map(([row, item]) => [Number(row), words(item)]));
+  const queries = page.queries.map((item, row) => ({ ...item, row }));
+  const spelled = new WeakMap(); // what is searched of an item, from the first search on
   let current = 0; // the query that is shown
   let listed = []; // the queries that pass the filters, in their order
   const drawn = {}; // charts by their element
+
+  const idle = () => new Promise((done) => {
+    if (window.requestIdleCallback) requestIdleCallback(done, { timeout: 1000 });
+    else setTimeout(done);
+  });
 
   function element(name, properties = {}, ...children) {
     const made = document.createElement(name);
@@ -21,13 +26,16 @@
   }
 
   function words(item) {
-    const texts = item.fields.map((field) => field.text ?? field.pieces?.join("") ?? field.note ?? "");
-    return [item.group ?? "", ...texts].join("\n").normalize("NFKC").toLowerCase();
+    if (!spelled.has(item)) {
+      const texts = item.fields.map((field) => field.text ?? field.pieces?.join("") ?? field.note ?? "");
+      spelled.set(item, [item.group ?? "", ...texts].join("\n").normalize("NFKC").toLowerCase());
+    }
+    return spelled.get(item);
   }
 
-  function matches(text, row, search) {
+  function matches(item, row, search) {
     const wanted = search.trim().normalize("NFKC").toLowerCase();
-    return !wanted || text.includes(wanted) || String(row) === wanted || `row ${row}` === wanted;
+    return !wanted || words(item).includes(wanted) || String(row) === wanted || `row ${row}` === wanted;
   }
 
   function number(value, digits = 3) {
@@ -119,7 +127,7 @@
   function fillList() {
     const search = $("query-search").value;
     const only = $("query-group").value;
-    listed = queries.filter((query) => matches(query.words, query.row, search) && (!only || query.group === only));
+    listed = queries.filter((query) => matches(query, query.row, search) && (!only || query.group === only));
     const order = $("query-order").value;
     if (order !== "row") {
       const sign = order === "best" ? -1 : 1;
@@ -196,9 +204,9 @@
     const line = element("p", { class: "line" }, ...group(query));
     if (page.truth) line.append(element("span", { class: "quiet" }, `LDS ${correlation(page.truth.lds[row])}`));
     $("query-content").replaceChildren(line, content(query, page.columns.query));
-    mark();
     fillEnds();
-    drawScatter();
+    mark();
+    fillScatter();
     history.replaceState(null, "", `#query=${row}`);
     // On a phone the list stands above what it chooses.
     if (clicked && matchMedia("(max-width: 52rem)").matches) $("query-heading").scrollIntoView({ block: "start" });
@@ -212,7 +220,7 @@
     for (const end of ["helpful", "harmful"]) {
       const kept = query[end].map(([row, score], place) => ({ row, score, rank: place + 1 })).filter(({ row }) => {
         const same = page.examples[row].group === query.group;
-        return matches(exampleWords.get(row), row, search) && (!only || same === (only === "same"));
+        return matches(page.examples[row], row, search) && (!only || same === (only === "same"));
       });
       $(end).replaceChildren(...kept.map((each) => example(each, query, largest)));
       const all = query[end].length;
@@ -240,7 +248,7 @@
   function fillRanking() {
     const ranking = page.rankings[$("ranking").value];
     const kept = ranking.rows.map(([row, value], place) => ({ row, value, rank: place + 1 }))
-      .filter(({ row }) => matches(exampleWords.get(row), row, $("ranking-search").value));
+      .filter(({ row }) => matches(page.examples[row], row, $("ranking-search").value));
     $("ranking-note").textContent = ranking.note;
     $("ranking-count").textContent = kept.length === ranking.rows.length
       ? `The first ${plural(kept.length, "example")}`
@@ -259,6 +267,13 @@
   }
 
   // ---- charts
+
+  // The scripts that draw are most of the page: they are read once the query is there.
+  function loadVega() {
+    const script = document.createElement("script");
+    script.textContent = $("vega").textContent;
+    document.head.append(script);
+  }
 
   function points() {
     const { predicted, true: outputs } = page.truth;
@@ -284,7 +299,7 @@
       { actions: false, renderer: "svg", ast: true, defaultStyle: false, tooltip: { disableDefaultStyle: true } });
   }
 
-  async function drawScatter() {
+  async function fillScatter() {
     if (!page.truth) return;
     const lds = page.truth.lds[current];
     $("scatter-caption").textContent = `Predicted against true output of query ${current}, a point a subset: ` +
@@ -303,8 +318,10 @@
   }
 
   async function drawAll() {
-    if (!page.charts) return;
+    if (!window.vegaEmbed) return;
     await draw("scatter", { ...page.charts.scatter, data: { name: "points", values: points() } });
+    await fillScatter(); // another query may have been chosen meanwhile
+    await idle();
     await draw("cost", page.charts.cost);
   }
 
@@ -331,8 +348,16 @@
 
   const asked = () => Number(/^#query=(\d+)$/.exec(location.hash)?.[1] ?? NaN);
   window.addEventListener("hashchange", () => queries[asked()] && show(asked()));
-  fillList();
-  show(queries[asked()] ? asked() : 0);
-  fillRanking();
-  drawAll();
+  async function start() { // the query first, and what is below or slow when there is time
+    current = queries[asked()] ? asked() : 0;
+    fillList();
+    show(current);
+    await idle();
+    fillRanking();
+    if (!page.charts) return;
+    await idle();
+    loadVega();
+    await drawAll();
+  }
+  start();
 })();
