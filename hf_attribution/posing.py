@@ -112,6 +112,7 @@ def posed(
             cache_dir=folder,
             progress=progress and is_main(),
             store_dtype=check_dtype(store_dtype),
+            outlasting=cache_dir is not None,
         )
         if count() > 1:
             _refuse_differences(problem)

@@ -70,6 +70,7 @@ class Problem:
         run: The recorded training, for methods that differentiate through it.
         train_masked: Trains on subsets and records each training, for methods that differentiate through those; see
             `AttributionMixin.attribute`.
+        outlasting: Whether `cache_dir` is still there in the next call.
     """
 
     model: nn.Module
@@ -84,6 +85,7 @@ class Problem:
     store_dtype: str = "float32"
     run: RecordedRun | None = None
     train_masked: Callable[..., Any] | None = None
+    outlasting: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -4,6 +4,10 @@ import dataclasses
 import errno
 import json
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from hf_attribution.errors import ArtefactError, MismatchError, UnsupportedError
 from hf_attribution.evaluation import evaluate_lds
 from hf_attribution.methods import SmoothedUnroll, Unroll, smoothed_unroll
 from hf_attribution.numbered import ROW
-from hf_attribution.replay import recorder
+from hf_attribution.replay import bookmark, recorder
 from hf_attribution.replay.diagnostics import random_removal
 from hf_attribution.replay.recording import Recording
 from hf_attribution.replay.run import RecordedRun, Replay
@@ -159,6 +163,73 @@ def test_blocks_of_queries(finished, monkeypatch):
     whole = finished.attribute(method=QUICK).values
     monkeypatch.setattr("hf_attribution.replay.sweep.Differentiable.fitting_block", lambda self: 2)
     assert np.allclose(finished.attribute(method=QUICK).values, whole, rtol=1e-3, atol=1e-6)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from test_unroll import reopened
+from hf_attribution.replay import bookmark
+from hf_attribution.replay.sweep import Differentiable
+
+def put_and_die(self, work, put=bookmark.Bookmark.put, count=iter(range(10**6))):
+    put(self, work)
+    if next(count) == 24:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+bookmark._EVERY_SECONDS, bookmark._SHARE = 0, 1
+bookmark.Bookmark.put = put_and_die
+Differentiable.fitting_block = lambda self: 3
+reopened(None, {folder!r}, {recording!r}, cache_dir={folder!r} + "/cache")
+"""
+
+
+def test_a_killed_sweep_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch):
+    """Killed within the second block of queries, then interrupted within the third, under another size of blocks."""
+    script = KILLED.format(
+        tests=str(Path(__file__).parent), folder=str(tmp_path), recording=str(finished.recording_dir)
+    )
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (file,) = (tmp_path / "cache" / "unfinished").iterdir()
+
+    monkeypatch.setattr(bookmark, "_EVERY_SECONDS", 0)
+    monkeypatch.setattr(bookmark, "_SHARE", 1)
+    put, steps = bookmark.Bookmark.put, []
+
+    def put_and_stop(self, work):
+        put(self, work)
+        steps.append(work.standing.step)
+        if len(steps) == 20:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bookmark.Bookmark, "put", put_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            reopened(finished, tmp_path, cache_dir=tmp_path / "cache")
+    assert steps[:2] == [10, 9]  # 25 steps back were done: the 18 of the first block, and 7 of the second
+    resumed = reopened(finished, tmp_path, cache_dir=tmp_path / "cache")
+    assert resumed.provenance["choices"]["block"] == 3
+    assert not file.exists()
+    monkeypatch.setattr(Differentiable, "fitting_block", lambda self: 3)
+    whole = reopened(finished, tmp_path)
+    np.testing.assert_array_equal(resumed.values, whole.values)
+    assert resumed.provenance["choices"] == whole.provenance["choices"]
+
+
+def test_a_bookmark_of_another_sweep_or_that_is_damaged_is_not_read(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(bookmark, "_EVERY_SECONDS", 0)
+    monkeypatch.setattr(bookmark.Bookmark, "remove", lambda self: None)
+    whole = reopened(finished, tmp_path, cache_dir=tmp_path / "cache")
+    (file,) = (tmp_path / "cache" / "unfinished").iterdir()
+    other = finished.attribute(
+        points(7, seed=1), method=dataclasses.replace(QUICK, last=0.5), cache_dir=tmp_path / "cache"
+    )
+    assert not np.allclose(other.values, whole.values)
+    file.write_bytes(b"\0" * 1000)
+    np.testing.assert_array_equal(reopened(finished, tmp_path, cache_dir=tmp_path / "cache").values, whole.values)
 
 
 def test_gauss_newton_of_a_linear_model_is_exact(tmp_path):
@@ -315,12 +386,13 @@ def test_too_small_a_disk_takes_fewer_checkpoints(tmp_path, monkeypatch):
 # Recordings of something else
 
 
-def reopened(finished, folder, recording=None, **given):
+def reopened(finished, folder, recording=None, cache_dir=None, **given):
     trainer = make_trainer(
         AttributionTrainer, folder, model_settings={"hidden": 4, "dropout": 0.1, **given.pop("config", {})},
         trainer_settings=given, optim="adamw_torch",
     )  # fmt: skip
-    return trainer.attribute(points(7, seed=1), method=QUICK, recording=recording or finished.recording_dir)
+    recording = recording or finished.recording_dir
+    return trainer.attribute(points(7, seed=1), method=QUICK, recording=recording, cache_dir=cache_dir)
 
 
 def test_other_data_are_refused(finished, tmp_path):

@@ -102,7 +102,9 @@ class SmoothedUnroll(Method):
             )
         subsets = self._subsets(problem)
         # What each training is followed by may go to another process, so it takes no model and no trainer along.
-        blank = dataclasses.replace(problem, model=nn.Identity(), checkpoints=(), train_masked=None, progress=False)
+        blank = dataclasses.replace(
+            problem, model=nn.Identity(), checkpoints=(), train_masked=None, progress=False, outlasting=False
+        )
         settings = {"method": self.name, "last": self.last, "curvature": self.curvature, "shrink": self.shrink}
         _, files = problem.train_masked(
             subsets=subsets,

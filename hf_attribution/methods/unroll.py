@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from hf_attribution.artefacts import fingerprint
 from hf_attribution.copies import own_copy
 from hf_attribution.curvature.operators import stacked
 from hf_attribution.evaluation import read_groups
@@ -17,6 +19,7 @@ from hf_attribution.gradients.held import Source
 from hf_attribution.inputs import evaluating
 from hf_attribution.methods.base import Method, Scored
 from hf_attribution.problem import Problem
+from hf_attribution.replay.bookmark import Bookmark, Unfinished
 from hf_attribution.replay.diagnostics import adam_is_rough, linearity, random_removal
 from hf_attribution.replay.recording import Recording
 from hf_attribution.replay.storage import STORAGES
@@ -28,7 +31,8 @@ class Unroll(Method):
     """`∂m_q(θ_T(w)) / ∂w_i`: what a little more weight of an example in every step does to a query's measurement.
 
     One sweep back through the recorded training (`record=True`) for all queries at once; exact to rounding. It
-    predicts small removals from *this* run best; for random halves see `SmoothedUnroll`.
+    predicts small removals from *this* run best; for random halves see `SmoothedUnroll`. With a `cache_dir` a sweep
+    that is killed goes on from where it stood a minute before, or so, to the same bits.
 
     For few groups of examples and many queries there is the way forward: with `groups=` a column of the training
     dataset, one tangent for each group is carried through the training, whatever the number of queries. The scores are
@@ -181,18 +185,36 @@ class Unroll(Method):
         bar: tqdm,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Scores `[Q, N]`, by cotangents of the queries."""
-        rows, steps = self.shape(problem)[0], len(prepared.run.recording) - first
-        block = min(rows, prepared.fitting_block())
+        rows, end = self.shape(problem)[0], len(prepared.run.recording)
         storage = prepared.fitting_storage(weights) if self.storage == "auto" else self.storage
-        chunk = prepared.fastest_chunk(block) if self.chunk == "auto" else int(self.chunk)
-        values, growth = torch.empty(rows, len(problem.train)), []
-        bar.reset(steps * math.ceil(rows / block))
-        for where, targets in self._targets(problem, model, prepared, block):
-            scores, lengths = prepared.sweep(targets, weights, first, storage, chunk, bar.update)
-            values[where] = scores.float().cpu()
-            growth.append(_growth(lengths))
-        found = {"cotangent_growth": float(np.median(growth))}
-        return values, {"storage": storage, "chunk": chunk, "block": block, **found}
+        bookmark = Bookmark(self._bookmark_path(problem))
+        work = bookmark.read(prepared.final())
+        if work is None:
+            block = min(rows, prepared.fitting_block())
+            chunk = prepared.fastest_chunk(block) if self.chunk == "auto" else int(self.chunk)
+            work = Unfinished(block, chunk, torch.zeros(rows, len(problem.train)))
+        bar.reset((end - first) * math.ceil(rows / work.block))
+        bar.update((end - first) * len(work.growth) + (end - work.standing.step if work.standing else 0))
+        for number, (where, targets) in enumerate(self._targets(problem, model, prepared, work.block)):
+            if number < len(work.growth):
+                continue
+            work.standing = standing = work.standing or prepared.start(targets)
+            for _ in prepared.go_back(standing, weights, first, storage, work.chunk):
+                bar.update()
+                bookmark.put(work)
+            work.values[where] = standing.scores.float().cpu()
+            work.growth.append(_growth(standing.lengths))
+            work.standing = None
+        bookmark.remove()
+        found = {"cotangent_growth": float(np.median(work.growth))}
+        return work.values, {"storage": storage, "chunk": work.chunk, "block": work.block, **found}
+
+    def _bookmark_path(self, problem: Problem) -> Path | None:
+        """The file that says how far the sweep has come, where there is a folder that outlasts this call."""
+        if not problem.outlasting or problem.run is None:
+            return None
+        key = fingerprint(self.settings, problem.fingerprints, problem.run.recording.header)
+        return problem.cache_dir / "unfinished" / f"{self.name}-{key}.safetensors"
 
     def _forward(
         self,

@@ -31,7 +31,7 @@ class Moment(NamedTuple):
     gradient: Tensor
 
 
-def backward_in_time(replay: Replay, first: int, storage: str) -> Iterator[Moment]:
+def backward_in_time(replay: Replay, first: int, storage: str, end: int | None = None) -> Iterator[Moment]:
     """The steps of a run, the last one first; all storages give the same bits.
 
     Args:
@@ -40,11 +40,13 @@ def backward_in_time(replay: Replay, first: int, storage: str) -> Iterator[Momen
         storage: `"full"`: run once and keep every state. `"sqrt"`: keep about √T states (a recorded run has them on
             disk) and run each stretch between them again. `"tree"`: cut stretches again and again, so that states
             grow with the logarithm of the steps, and so do repetitions (Engstrom et al. 2025, section 3).
+        end: The step to go back from, by default the end of the run.
 
     Yields:
         Each step.
     """
-    end, recording = len(replay.recording), replay.recording
+    recording = replay.recording
+    end = len(recording) if end is None else end
     kept = [step for step in recording.checkpoints if step < end]
     # Another training than the recorded one shares only its beginning.
     starts = [kept[0]] if storage == "full" or replay.weights is not None else kept

@@ -12,7 +12,7 @@ group of examples serves any number of measurements.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,6 +34,23 @@ _WORSE = 1.2
 
 # The shares of free memory that states of the run, and cotangents, may take.
 _STATES_SHARE, _COTANGENTS_SHARE = 0.25, 0.25
+
+
+@dataclasses.dataclass
+class Standing:
+    """How far a sweep back has come.
+
+    Args:
+        step: The step it has gone back through last.
+        cotangents: By parameters and moments before that step, `[M, P]` each.
+        scores: Of the steps so far, `[M, N]`.
+        lengths: Of the cotangents by the parameters, from the end on, `[M]` each.
+    """
+
+    step: int
+    cotangents: list[Tensor]
+    scores: Tensor
+    lengths: list[Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +171,6 @@ class Differentiable:
         first: int | None = None,
         storage: str = "sqrt",
         chunk: int = 16,
-        progress: Callable[[], Any] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Differentiate measurements of the last parameters by all examples' weights.
 
@@ -164,7 +180,6 @@ class Differentiable:
             first: The step to go back to, by default the first.
             storage: One of `STORAGES`.
             chunk: How many products with the curvature are taken at once.
-            progress: Called after every step.
 
         Returns:
             Derivatives `[M, N]`, and the lengths of the cotangents after each step back, `[M]` each.
@@ -172,27 +187,70 @@ class Differentiable:
         Raises:
             NonFiniteError: If the cotangents overflow; the message names the step.
         """
+        standing = self.start(targets)
+        for _ in self.go_back(standing, weights, first, storage, chunk):
+            pass
+        return standing.scores, standing.lengths
+
+    def start(self, targets: Tensor) -> Standing:
+        """A sweep at the end of the training, before its first step back.
+
+        Args:
+            targets: The measurements' gradients by the last parameters, `[M, P]`. They are overwritten.
+
+        Returns:
+            Where it stands.
+        """
+        recording = self.run.recording
+        return Standing(
+            step=len(recording),
+            cotangents=[targets, *(torch.zeros_like(targets) for _ in recording.optimizer.moments)],
+            scores=targets.new_zeros(len(targets), recording.header["num_examples"]),
+            lengths=[targets.norm(dim=1)],
+        )
+
+    def go_back(
+        self,
+        standing: Standing,
+        weights: Tensor | None = None,
+        first: int | None = None,
+        storage: str = "sqrt",
+        chunk: int = 16,
+    ) -> Iterator[Standing]:
+        """Go on with a sweep from where it stands; however often it was broken off, the bits are the same.
+
+        Args:
+            standing: Where it stands. It is changed.
+            weights: As for `sweep`, like the others.
+            first: The step to go back to.
+            storage: One of `STORAGES`.
+            chunk: How many products are taken at once.
+
+        Yields:
+            Where it stands after each step.
+
+        Raises:
+            NonFiniteError: If the cotangents overflow; the message names the step.
+        """
         replay, recording = self.replay(weights), self.run.recording
         product, factors = in_chunks(self.product, chunk), replay.example_weights
-        cotangents = [targets, *(torch.zeros_like(targets) for _ in replay.optimizer.moments)]
-        scores = targets.new_zeros(len(targets), len(factors))
-        lengths = [targets.norm(dim=1)]
-        for moment in backward_in_time(replay, recording.first if first is None else first, storage):
+        cotangents, scores = standing.cotangents, standing.scores
+        first = recording.first if first is None else first
+        for moment in backward_in_time(replay, first, storage, standing.step):
             rates = recording.step(moment.step).rates
             by_gradient = replay.optimizer.derivative(rates=rates, **moment._asdict()).pull_back(cotangents)
             for part in replay.parts(moment.step):
-                coefficients = factors[part.rows].to(targets) / part.denominator
+                coefficients = factors[part.rows].to(scores) / part.denominator
                 with random_state_kept():
                     part.random.restore()
                     found, tangents = product(moment.before[0], part.inputs, coefficients, by_gradient)
                 cotangents[0] += found
                 scores.index_add_(1, part.rows.to(scores.device), tangents / part.denominator)
-            lengths.append(cotangents[0].norm(dim=1))
+            standing.lengths.append(cotangents[0].norm(dim=1))
             where = f"{len(recording) - moment.step} steps before the end (step {moment.step})"
-            _refuse_non_finite(lengths[-1], "query row", where)
-            if progress is not None:
-                progress()
-        return scores, lengths
+            _refuse_non_finite(standing.lengths[-1], "query row", where)
+            standing.step = moment.step
+            yield standing
 
     def push(
         self,
