@@ -182,7 +182,7 @@ class AttributionMixin(RecordedTraining):
             query_dataset: As for `attribute`.
             k: How many training examples for each query.
             method: A method whose scores are products with stored gradients: `"trak"`, `"logra"`, `"trackstar"`, or
-                `"grad_dot"`, `"grad_cos"` or `"tracin"` with a `dim`.
+                `"grad_dot"`, `"grad_cos"`, `"tracin"` or `"influence"` with a `dim`.
             train_dataset: As for `attribute`.
             checkpoints: As for `attribute`.
             task: As for `attribute`.
@@ -471,7 +471,8 @@ class AttributionMixin(RecordedTraining):
             query_dataset, subsets, task, protocol=protocol, seed=seed, output_dir=output_dir, follow_up=follow_up
         )
         counterfactuals, plan = self._run(request, workers)
-        counterfactuals.save(plan.worklist.folder / "counterfactuals.safetensors")
+        if self.is_world_process_zero():
+            counterfactuals.save(plan.worklist.folder / "counterfactuals.safetensors")
         return counterfactuals, [plan.worklist.found(run) for run in plan.worklist.runs()]
 
     def _run(self, request: Request, workers: Workers, shard: str | None = None) -> tuple[Counterfactuals, Plan]:

@@ -19,7 +19,16 @@ import torch
 from test_methods import STATIC, PadTokens, rows
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_attribution import Checkpoint, attribute, attribute_parts, processes, self_influence
+from hf_attribution import (
+    Checkpoint,
+    attribute,
+    attribute_dry_run,
+    attribute_parts,
+    attribute_top,
+    dry_run,
+    processes,
+    self_influence,
+)
 from hf_attribution.errors import ProcessError
 from hf_attribution.gradients import products
 from hf_attribution.methods import METHODS, get_method
@@ -89,6 +98,15 @@ def every_score(folder):
         found[f"{name}: several models"] = attribute(
             model, train, query, method=name, checkpoints=[model, make_model(1)], cache_dir=folder / "cache", **plain
         ).values
+    projected = METHODS["trak"](dim=16)
+    stream = train.to_iterable_dataset()
+    found["trak: a stream"] = attribute(model, stream, query, method=projected, **plain).values
+    for what, data in (("rows", train), ("a stream", stream)):
+        top = attribute_top(model, data, query, k=3, method=projected, **plain)
+        found[f"the top of {what}"], found[f"the places of the top of {what}"] = top.values, top.indices
+    dry_run._ENOUGH_SECONDS = 1e-9
+    expected = attribute_dry_run(model, train, query, method=projected, **plain)
+    found["a dry run"] = np.array([expected.train_passes, expected.query_passes, expected.num_batches])
     whole, products.BLOCK_BYTES, products.TILE_BYTES = (products.BLOCK_BYTES, products.TILE_BYTES), 40_000, 10_000
     for name in ("grad_cos", "influence", "ekfac", "datainf"):
         found[f"{name}: little memory"] = attribute(model, train, query, method=name, **plain).values

@@ -326,6 +326,7 @@ torch.set_num_threads(1)
 from tiny import make_trainer, points
 from hf_attribution import AttributionTrainer
 from hf_attribution.errors import MismatchError, UnsupportedError
+from hf_attribution.methods import SmoothedUnroll
 
 def trainer(rows=24):
     return make_trainer(
@@ -343,6 +344,8 @@ for protocol in ("resampled", "fixed"):
     np.testing.assert_array_equal(truth.outputs, again.outputs)
     if rank == 0:
         truth.save({folder!r} + f"/{{protocol}}.safetensors")
+scores = trainer().attribute(points(2, seed=1), SmoothedUnroll(runs=3), recording={folder!r} + "/smoothed")
+np.save({folder!r} + f"/smoothed-{{rank}}.npy", scores.values)
 try:
     mine.retrain(num_subsets=2, workers=2)
     raise SystemExit("workers in a launch")
@@ -376,6 +379,13 @@ def test_processes_of_a_launch_train_together(tmp_path):
         ).retrain(num_subsets=2, protocol=protocol)
         np.testing.assert_allclose(together.outputs, alone.outputs, atol=1e-4)
         assert not list((tmp_path / protocol / "work").iterdir())
+    # Recorded trainings are of one process each: the processes share them, and all have the mean over them.
+    alone = make_trainer(
+        AttributionTrainer, tmp_path / "alone", model_settings={"hidden": 4}, per_device_train_batch_size=2
+    ).attribute(points(2, seed=1), SmoothedUnroll(runs=3))
+    found = [np.load(tmp_path / f"smoothed-{rank}.npy") for rank in (0, 1)]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_allclose(found[0], alone.values, rtol=1e-3, atol=1e-6)  # chunks of products are chosen by time
 
 
 # Dry runs and trackers

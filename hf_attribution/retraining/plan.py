@@ -115,6 +115,11 @@ class Plan:
     origin: dict[str, Any]
     fresh_weights: bool
 
+    @property
+    def apart(self) -> bool:
+        """Whether processes of a launch do not train together: a training that is recorded is of one process."""
+        return self.args.world_size > 1 and self.request.follow_up is not None
+
     def open_folder(self) -> None:
         """Write down what the folder belongs to, or compare with what is written there.
 
@@ -286,7 +291,10 @@ def _manifest(
         "compute_loss_func": None if trainer.compute_loss_func is None else _qualified(trainer.compute_loss_func),
         "optimizer": None if optimizer is None else [_qualified(optimizer[0]), repr(optimizer[1])],
         "arguments": material_arguments(trainer.args),
-        "batch": {"rows": trainer.args.train_batch_size, "processes": trainer.args.world_size},
+        "batch": {
+            "rows": trainer.args.train_batch_size,
+            "processes": trainer.args.world_size if request.follow_up is None else 1,
+        },
         **({"trainer_arguments": own} if (own := recipe.own_arguments()) else {}),
         "versions": versions(),
         **({"follow_up": request.follow_up.settings} if request.follow_up is not None else {}),

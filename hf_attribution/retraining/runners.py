@@ -57,7 +57,7 @@ def run_plan(
                 f"{worklist.folder}"
             )
         missing = agreed(args, progress.missing)
-        if missing and workers != 1:
+        if missing and (workers != 1 or plan.apart):
             with RayCrew(plan, missing) if workers == "ray" else Crew(plan, workers, missing) as crew:
                 _work_with(crew, plan, progress)
         elif missing:
@@ -73,11 +73,6 @@ def _check_workers(plan: Plan, workers: Workers) -> None:
         raise UnsupportedError(
             f"This process is one of {processes} of a launch, which do every training together: leave workers out, or "
             "start with python instead of accelerate launch or torchrun."
-        )
-    if processes > 1 and plan.request.follow_up is not None:
-        raise UnsupportedError(
-            f"This process is one of {processes} of a launch, and trainings are recorded in one process each: start "
-            "with python, and workers=..., instead of accelerate launch or torchrun."
         )
 
 

@@ -54,7 +54,8 @@ class Crew:
     """Worker processes at work on a plan. A context: at its end none is left.
 
     On a CPU, or with one GPU, the process that starts them is one of them, so that the first training begins at once;
-    threads are divided among them. With several GPUs each worker sees one, in turn, and the process waits.
+    threads are divided among them. With several GPUs each worker sees one, in turn, and the process waits; so does a
+    process of a launch, whose own worker, on the same GPU, is of none.
 
     Args:
         plan: The plan, with its folder open.
@@ -70,8 +71,8 @@ class Crew:
             logger.warning(f"{len(runs)} trainings are left for {workers} workers: {len(runs)} of them start.")
             workers = len(runs)
         self._worklist = plan.worklist
-        self._devices = _devices(plan.args)
-        self.takes_part = len(self._devices) <= 1
+        self._devices, self._place = _devices(plan.args), plan.args.local_process_index
+        self.takes_part = len(self._devices) <= 1 and plan.args.world_size == 1
         self._threads_before = torch.get_num_threads()
         self.threads = max(1, self._threads_before // workers)
         self._parcel = pack(plan, runs, self.threads)
@@ -162,7 +163,7 @@ class Crew:
         environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         environment["OMP_NUM_THREADS"] = str(self.threads)
         if self._devices:
-            environment["CUDA_VISIBLE_DEVICES"] = self._devices[slot % len(self._devices)]
+            environment["CUDA_VISIBLE_DEVICES"] = self._devices[(self._place + slot) % len(self._devices)]
         return environment
 
 
