@@ -13,13 +13,13 @@ from transformers.utils import logging
 from typing_extensions import Unpack
 
 from hf_attribution.ensemble import Ensemble
-from hf_attribution.errors import MismatchError, NonFiniteError, UnsupportedError
+from hf_attribution.errors import MismatchError, NonFiniteError
 from hf_attribution.gradients.indexed import approximate_top
 from hf_attribution.methods import Method, Scored, get_method
 from hf_attribution.part_scores import PartScores
 from hf_attribution.posing import Setup, posed
 from hf_attribution.problem import Checkpoint, Problem
-from hf_attribution.processes import count, from_main, sharing
+from hf_attribution.processes import from_main, sharing
 from hf_attribution.provenance import hub_sources
 from hf_attribution.replay.run import RecordedRun
 from hf_attribution.scores import Scores
@@ -122,7 +122,7 @@ def attribute_top(
         query_dataset: What to explain, preprocessed alike: Q rows.
         k: How many training examples for each query; all of them where there are fewer.
         method: A method whose scores are products with stored gradients: `"trak"`, `"logra"`, `"trackstar"`, or
-            `"grad_dot"`, `"grad_cos"` or `"tracin"` with a `dim`.
+            `"grad_dot"`, `"grad_cos"`, `"tracin"` or `"influence"` with a `dim`.
         index: Search an approximate index instead of all examples: a FAISS factory string, such as `"IVF4096,Flat"`.
             What it found of the true k largest of a hundred queries is logged, and kept as `recall` in the choices of
             the provenance. It pays for many queries.
@@ -244,11 +244,6 @@ def self_influence(
 
 def _score(method: Method, problem: Problem) -> Scored:
     """The scores, of passes that the processes of a launch share; a recorded training is swept by one of them."""
-    if method.needs_trainings and count() > 1:
-        raise UnsupportedError(
-            f"{method.name} trains, and cannot do so inside of a launch of several processes: start it without "
-            "accelerate launch. Several such processes on one folder share its trainings."
-        )
     return from_main(lambda: method.score(problem)) if method.needs_run else method.score(problem)
 
 

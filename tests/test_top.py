@@ -16,7 +16,7 @@ from hf_attribution import AttributionMixin, attribute, attribute_top, top_score
 from hf_attribution.errors import ArtefactError, MismatchError, NonFiniteError, UnsupportedError
 from hf_attribution.gradients import stored
 from hf_attribution.gradients.stored import StoredProducts, StoredScores
-from hf_attribution.methods import GradCos, GradDot, LoGra, TracIn, TrackStar, Trak
+from hf_attribution.methods import GradCos, GradDot, Influence, LoGra, TracIn, TrackStar, Trak
 from hf_attribution.problem import Checkpoint
 from hf_attribution.scores import Scores
 from hf_attribution.store import FeatureStore, FeatureWriter, Manifest
@@ -114,6 +114,9 @@ METHODS = {
     "grad_dot": GradDot(dim=8),
     "grad_cos": GradCos(dim=8),
     "tracin": TracIn(dim=8),
+    "influence": Influence(dim=8),
+    "influence through the kernel": Influence(dim=64),
+    "influence normalized": Influence(dim=8, normalize="self_influence"),
 }
 
 
@@ -139,8 +142,8 @@ def test_methods_rank_as_attribute_does(material, name, tmp_path):
 
 def test_methods_without_stored_gradients_are_refused(material):
     (model, _), train, query = material
-    for method in ("grad_dot", "ekfac", "random"):
-        with pytest.raises(UnsupportedError, match=rf"scores of {method} .* 'trak'.*with a dim"):
+    for method in ("grad_dot", "ekfac", "random", "influence", Influence(dim=8, group_effect=1.0)):
+        with pytest.raises(UnsupportedError, match=r"scores of (\w+) .* 'trak'.*with a dim"):
             attribute_top(model, train, query, method=method, progress=False)
     with pytest.raises(ValueError, match="at least 1"):
         attribute_top(model, train, query, k=0)

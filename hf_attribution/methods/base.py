@@ -67,8 +67,8 @@ class Method:
         """
         raise UnsupportedError(
             f"The scores of {self.name} with these settings are no products with stored gradients: use 'trak', "
-            "'logra', 'trackstar', or 'grad_dot', 'grad_cos' or 'tracin' with a dim, or take all scores with "
-            "`attribute(...).top(k)`."
+            "'logra', 'trackstar', or 'grad_dot', 'grad_cos', 'tracin' or 'influence' with a dim, or take all scores "
+            "with `attribute(...).top(k)`."
         )
 
     def self_influence(self, problem: Problem) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from hf_attribution.curvature.dual import MAX_ROWS, FisherKernel, GaussNewtonKernel
@@ -16,6 +17,7 @@ from hf_attribution.curvature.rows import CurvatureRows
 from hf_attribution.curvature.solvers import Solution, arnoldi, cg, explicit, lissa
 from hf_attribution.gradients.held import Source
 from hf_attribution.gradients.projections import Projection
+from hf_attribution.gradients.stored import StoredProducts, StoredScores
 from hf_attribution.methods.base import GradientMethod, Scored, positive_damping
 from hf_attribution.methods.groups import add_group_effect, groups_of
 from hf_attribution.problem import Problem
@@ -107,10 +109,33 @@ class Influence(GradientMethod):
                 note["residual"] = inverse.residual
             values += share * found
             notes.append({**note, "lambda": inverse.ridge})
-        choices = {"damping": linearised.damping, **notes[0], "lambda": [note["lambda"] for note in notes]}
+        choices = _joined(linearised.damping, notes)
         if self.group_effect is not None:
             values = add_group_effect(values, *groups_of(problem, None, "group_effect="), self.group_effect)
         return Scored(values, choices)
+
+    def stored_scores(self, problem: Problem) -> StoredScores:
+        """Products of solved query features with training features, where gradients are projected."""
+        notes: list[dict[str, Any]] = []
+
+        def products(model: nn.Module, number: int) -> StoredProducts:
+            linearised = _Linearised(self, problem, model, number)
+            if linearised.dim is None or self.group_effect is not None:
+                super(Influence, self).stored_scores(problem)  # which refuses
+            inverse = linearised.projected(linearised.source(problem.task.measurement, "query"))
+            notes.append({**linearised.note, "solver": "dual", "dim": linearised.dim, "lambda": inverse.ridge})
+            found = inverse.products()
+            if not self.normalize:
+                return found
+            shares = torch.from_numpy(
+                divide_by_roots(np.ones((1, len(problem.train)), np.float32), inverse.self_influence())[0]
+            )
+            return dataclasses.replace(
+                found, vectors=lambda where, block: found.vectors(where, block) * shares[where, None]
+            )
+
+        stored = problem.stored_sum(products)
+        return dataclasses.replace(stored, choices=_joined(positive_damping(self.damping, AUTO_DAMPING), notes))
 
     def settled(self, problem: Problem) -> "Influence":
         """Choose between exact and projected gradients, and the solver."""
@@ -143,10 +168,9 @@ class _Linearised:
 
     def inverse(self, queries: Source | None = None) -> tuple[_Inverse, dict[str, Any]]:
         """What multiplies with the inverse of H, and what was chosen."""
-        note: dict[str, Any] = {"modules": list(self.modules or ())} if self.method.last_layer else {}
-        dim, solver, progress = self.dim, self.solver, self.problem.progress
+        note, dim, solver, progress = self.note, self.dim, self.solver, self.problem.progress
         if dim is not None:
-            return self._projected(dim, queries), {**note, "solver": "dual", "dim": dim}
+            return self.projected(queries), {**note, "solver": "dual", "dim": dim}
         note["solver"] = solver
         if solver != "dual":
             return self._products(solver, queries), note
@@ -154,8 +178,10 @@ class _Linearised:
             return FisherKernel(self.gains, queries, self.damping, progress), note
         return GaussNewtonKernel(self._curvature_rows, self.gains, queries, self.damping, progress), note
 
-    def _projected(self, dim: int, queries: Source | None) -> _Inverse:
-        projection, problem = Projection(dim, self.method.seed + self.number), self.problem
+    def projected(self, queries: Source | None) -> RidgeRegression:
+        """The same through stored projected gradients of the dimension `dim`."""
+        assert self.dim is not None
+        projection, problem = Projection(self.dim, self.method.seed + self.number), self.problem
         train = problem.features(self.model, problem.task.gains, problem.train, projection, self.modules)
         query = None
         if queries is not None:
@@ -183,6 +209,11 @@ class _Linearised:
         return [Source(gradients, self.problem.train) for gradients in rows.gradients]
 
     @property
+    def note(self) -> dict[str, Any]:
+        """What was chosen of the model."""
+        return {"modules": list(self.modules or ())} if self.method.last_layer else {}
+
+    @property
     def dim(self) -> int | None:
         """Dimension of the projection, if there is one."""
         if self.method.dim != "auto":
@@ -201,6 +232,11 @@ class _Linearised:
         if self.method.curvature != "hessian" and len(self.problem.train) * rows_per_example <= MAX_ROWS:
             return "dual"
         return "explicit" if self.gains.gradients.num_parameters <= AUTO_EXPLICIT else "cg"
+
+
+def _joined(damping: float, notes: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was chosen for all models, of which each has a λ of its own."""
+    return {"damping": damping, **notes[0], "lambda": [note["lambda"] for note in notes]}
 
 
 def _solver(name: str, method: Influence, operator: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Solution]:
