@@ -139,6 +139,15 @@ def mixtral():
     return _decoder("Mixtral", num_local_experts=2, num_experts_per_tok=1)
 
 
+def qwen2_moe():
+    sizes = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+    return _decoder("Qwen2Moe", num_experts=4, num_experts_per_tok=2, **sizes)
+
+
+def gpt_oss():
+    return _decoder("GptOss", num_local_experts=4, num_experts_per_tok=2, head_dim=8)
+
+
 def t5():
     config = tf.T5Config(
         vocab_size=V, d_model=D, d_kv=8, d_ff=24, num_layers=2, num_heads=2, pad_token_id=1, decoder_start_token_id=0
@@ -398,6 +407,8 @@ FAMILIES = {
         qwen3,
         gemma,
         mixtral,
+        qwen2_moe,
+        gpt_oss,
         t5,
         bart,
         vit,

@@ -148,13 +148,14 @@ def test_tied_embeddings_have_one_gradient():
         assert list(only.parameters) == ["transformer.wte.weight"]
 
 
-def test_experts_are_exact_and_named(caplog):
-    model, batch = models.make("mixtral")
-    gradients = check(model, infer_task(model).losses, batch)
-    assert any("experts" in name for name in looped(gradients))
-    assert all("experts" in name or "gate" in name for name in looped(gradients))
-    without = [name for name, _ in model.named_modules() if name.endswith(("self_attn", "norm"))]
-    assert not looped(check(model, infer_task(model).losses, batch, modules=without))
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
+def test_experts_and_their_routers_are_exact(family):
+    """Each is differentiated on its own; gpt-oss has besides a raw parameter within its attention."""
+    model, batch = models.make(family)
+    for rows in (batch, models.moved(batch, left=2, right=1)):
+        gradients = check(model, infer_task(model).losses, rows)
+        assert all(name.endswith("self_attn.sinks") for name in looped(gradients))
+    assert any(".experts." in name for name in gradients.parameters)
 
 
 # ---------------------------------------------------------------- quantised weights

@@ -18,7 +18,16 @@ from hf_attribution.gradients.checks import (
     refuse_non_finite,
     refuse_wrong_backward,
 )
-from hf_attribution.gradients.rules import Call, Rule, by_example, output_tensors, rule_for, shared_arguments
+from hf_attribution.gradients.rules import (
+    Call,
+    Rule,
+    apart,
+    by_example,
+    flat_arguments,
+    output_tensors,
+    rule_for,
+    shared_arguments,
+)
 from hf_attribution.gradients.terms import Dense, Term, dense
 
 logger = logging.get_logger(__name__)
@@ -82,6 +91,7 @@ class PerExampleGradients:
         self._own_names = {module: names for module, names in owned.items() if names}
         self._rules: dict[nn.Module, Rule] = {module: rule_for(module) for module in self._own_names}
         self._shared: dict[nn.Module, set[int]] = {}
+        self._flat: dict[nn.Module, set[int]] = {}
         self._reached: set[str] = set()
         self._one_by_one: list[str] = []
         self._check_rules(probe)
@@ -170,8 +180,8 @@ class PerExampleGradients:
                     args = pytree.tree_map_only(Tensor, Tensor.detach, args)
                 kwargs = pytree.tree_map_only(Tensor, Tensor.detach, kwargs) if kwargs else kwargs
                 size, length, own = len(batch.indices), max(lengths, default=1), self._own_names[module]
-                shared = self._shared.get(module, set())
-                calls.append((Call(size, length, module, args, kwargs, (), own, shared), edges))
+                shared, flat = self._shared.get(module, set()), self._flat.get(module, set())
+                calls.append((Call(size, length, module, args, kwargs, (), own, shared, flat), edges))
 
         with contextlib.ExitStack() as stack:
             for module in self._rules:
@@ -219,6 +229,7 @@ class PerExampleGradients:
             found = torch.autograd.grad(total, list(self.parameters.values()), materialize_grads=True)
         for call, _ in calls:
             self._shared.setdefault(call.module, set()).update(shared_arguments(call))
+            self._flat.setdefault(call.module, set()).update(flat_arguments(call))
         expected = dict(zip(self.parameters, found, strict=True))
         for name, gradient in expected.items():
             if not gradient.isfinite().all():
@@ -227,10 +238,12 @@ class PerExampleGradients:
         wrong = self._disagreeing(probe, expected, weights)
         if not wrong:
             return
-        for module in self._rules:
-            if not wrong.isdisjoint(self._canonical(module)):
-                self._rules[module] = by_example
-        self._differentiate_one_by_one(self._disagreeing(probe, expected, weights))
+        for rule in (by_example, apart):
+            for module in self._rules:
+                if not wrong.isdisjoint(self._canonical(module)):
+                    self._rules[module] = rule
+            wrong = self._disagreeing(probe, expected, weights)
+        self._differentiate_one_by_one(wrong)
         if self._one_by_one:
             self._refuse_mixed_examples(probe, values.detach())
 

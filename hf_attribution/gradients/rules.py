@@ -35,6 +35,7 @@ class Call:
         parameters: Names of the module's own parameters that are asked for.
         shared: Which of the tensors among its arguments have no row per example, as a batch of two has shown. In a
             batch of as many examples as positions their lengths do not tell.
+        flat: Which of them have a row for each position of each example, likewise.
     """
 
     batch: int
@@ -45,6 +46,7 @@ class Call:
     output_gradients: Sequence[Tensor | None]
     parameters: Sequence[str]
     shared: Set[int] = frozenset()
+    flat: Set[int] = frozenset()
 
     @property
     def input(self) -> Tensor:
@@ -194,6 +196,59 @@ def by_example(call: Call) -> dict[str, Term]:
     batched = [leaf for leaf, is_in in zip(leaves, in_batch, strict=True) if is_in]
     values = vmap(example)(batched, gradients)
     return {name: Dense(_full(value)) for name, value in values.items()}
+
+
+def apart(call: Call) -> dict[str, Term]:
+    """Modules that choose what to do by what they see (experts, their router): on their own, an example at a time.
+
+    They see all positions of all examples side by side, as `[B * T, ...]`, or as `[B, T, ...]`.
+
+    Args:
+        call: The call of the module, whose outputs have the rows of the examples, in their order.
+
+    Returns:
+        The terms of the module's own parameters.
+
+    Raises:
+        UnsupportedError: If the rows are not those of the examples in order: tokens routed to one expert, say.
+    """
+    module, batch, length = call.module, call.batch, call.length
+    gradients = [gradient for gradient in call.output_gradients if gradient is not None]
+    wanted = [gradient is not None for gradient in call.output_gradients]
+    kinds = {(gradient.ndim > 2, len(gradient)) for gradient in gradients}
+    if not (kinds <= {(True, batch)} or kinds <= {(False, batch * length)}) or length == 1:
+        raise UnsupportedError(f"{type(module).__name__} has outputs without the rows of all examples.")
+    parameters = {name: module.get_parameter(name).detach().requires_grad_() for name in call.parameters}
+    leaves, spec = pytree.tree_flatten((call.args, dict(call.kwargs)))
+
+    def rows(number: int, leaf: Any, example: int) -> Any:
+        if number in call.flat:
+            return leaf[example * length : (example + 1) * length]
+        return leaf if not isinstance(leaf, Tensor) or number in call.shared else leaf[example : example + 1]
+
+    found = []
+    for example in range(batch):
+        args, kwargs = pytree.tree_unflatten([rows(n, leaf, example) for n, leaf in enumerate(leaves)], spec)
+        with torch.enable_grad():
+            tensors = output_tensors(functional_call(module, parameters, args, kwargs))
+        outputs = [tensor for tensor, want in zip(tensors, wanted, strict=True) if want]
+        own = [gradient.chunk(batch)[example] for gradient in gradients]
+        for number in reversed(range(len(outputs) - 1)):
+            # What came back to a router's logits came back through its weights, too, and is counted there.
+            later = torch.autograd.grad(
+                outputs[number + 1 :], outputs[number], own[number + 1 :], retain_graph=True, materialize_grads=True
+            )
+            own[number] = own[number] - later[0]
+        found.append(torch.autograd.grad(outputs, list(parameters.values()), own, materialize_grads=True))
+    stacked = [torch.stack(column) for column in zip(*found, strict=True)]
+    return {name: Dense(_full(value)) for name, value in zip(parameters, stacked, strict=True)}
+
+
+def flat_arguments(call: Call) -> set[int]:
+    """Which of a call's arguments are tensors with a row for each position of each example."""
+    leaves = enumerate(pytree.tree_leaves((call.args, dict(call.kwargs))))
+    rows = (call.batch * call.length,)
+    return {n for n, leaf in leaves if isinstance(leaf, Tensor) and call.length > 1 and leaf.shape[:1] == rows}
 
 
 def shared_arguments(call: Call) -> set[int]:
