@@ -41,7 +41,7 @@ LAYERS = (
     ("simfluence",),
     ("ensemble", "worker"),
     ("checkpoints", "posing"),
-    ("attribution", "dry_run"),
+    ("attribution", "dry_run", "retrainable"),
     ("trainer", "report", "workspace"),
     ("studies", "debugging"),
     ("demo", "commands", "cli"),
