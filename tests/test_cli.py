@@ -16,7 +16,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 import hf_attribution
 from hf_attribution import Counterfactuals, Scores, attribute, evaluate_lds
-from hf_attribution.arguments import DataArguments, ModelArguments
+from hf_attribution.arguments import DataArguments, ModelArguments, RetrainArguments
 from hf_attribution.cli import main
 from hf_attribution.counterfactuals import Subsets
 from hf_attribution.estimation import estimate
@@ -173,6 +173,10 @@ def test_a_second_retrain_trains_no_more(cases, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "train", lambda *_: pytest.fail("trained again"))
     run("retrain", *argv)
     assert file.read_bytes() == before
+
+
+def test_workers_are_a_number_or_ray():
+    assert [RetrainArguments(workers=given).crew for given in ("1", "16", "ray")] == [1, 16, "ray"]
 
 
 def test_dry_runs_say_what_is_coming_and_write_nothing(cases, tmp_path, capsys, monkeypatch):
