@@ -191,7 +191,9 @@ class PushArguments:
 
     _argument_group_name: ClassVar[str] = "push"
 
-    artefact: str = field(metadata={"help": "File of scores, retrainings or subsets."})
+    artefact: str = field(
+        metadata={"help": "File of scores, retrainings or subsets, or the folder of a feature store."}
+    )
     repo_id: str = field(metadata={"help": "Dataset repository on the Hub, user/name. It is made if it is missing."})
     private: bool = option("Make the repository private; one that is public is refused.", False)
     revision: str | None = option("Branch. By default main.")
@@ -216,7 +218,9 @@ class PullArguments:
     _argument_group_name: ClassVar[str] = "pull"
 
     repo_id: str = field(metadata={"help": "Dataset repository on the Hub that was pushed to."})
-    output_file: str = field(metadata={"help": "Where what it holds is written: .safetensors."})
+    output_file: str = field(
+        metadata={"help": "Where what it holds is written: .safetensors, or a new folder for a feature store."}
+    )
     revision: str | None = option("Branch, tag or commit. By default main.")
 
     def __post_init__(self) -> None:

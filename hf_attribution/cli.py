@@ -115,7 +115,7 @@ COMMANDS = {
     "push": Command(
         push,
         (PushArguments, DataArguments),
-        "put scores or retrainings on the Hub",
+        "put scores, retrainings or gradients on the Hub",
         "--artefact trak.safetensors --repo_id me/sst2-trak --counterfactuals truth.safetensors --license cc-by-4.0 "
         "--dataset_name nyu-mll/glue --dataset_config_name sst2 --columns sentence label",
     ),

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_attribution.arguments import (
@@ -140,7 +141,7 @@ def evaluate(args: EvaluateArguments, data_args: DataArguments) -> None:
 
 
 def push(args: PushArguments, data_args: DataArguments) -> None:
-    """Put scores, retrainings or subsets into a dataset repository on the Hub: tables, and a card that explains them.
+    """Put scores, retrainings, subsets or a feature store into a dataset repository on the Hub, with a card.
 
     With --dataset_name (and the options that were given to attribute) the rows of the training examples are published
     beside their scores, with --query_split or --query_dataset_name also those of the queries. Log in before:
@@ -150,26 +151,33 @@ def push(args: PushArguments, data_args: DataArguments) -> None:
     from hf_attribution.hub.card import AttributionCardData
     from hf_attribution.hub.files import load
     from hf_attribution.scores import Scores
+    from hf_attribution.store import FeatureStore
+    from hf_attribution.top_scores import TopScores
 
     known = {each.name for each in dataclasses.fields(AttributionCardData)}
     said = AttributionCardData(**{name: value for name, value in vars(args).items() if name in known})
     options: dict[str, Any] = {"private": args.private or None, "revision": args.revision, "card_data": said}
-    artefact = load(args.artefact)
-    if isinstance(artefact, Scores):
+    artefact = FeatureStore(Path(args.artefact)) if Path(args.artefact).is_dir() else load(args.artefact)
+    if isinstance(artefact, (Scores, TopScores)):
         options |= {"top_k": args.top_k, **_shown(data_args, args.columns)}
-        if args.counterfactuals is not None:
-            options["counterfactuals"] = Counterfactuals.load(args.counterfactuals)
+    if isinstance(artefact, Scores) and args.counterfactuals is not None:
+        options["counterfactuals"] = Counterfactuals.load(args.counterfactuals)
     _say(f"{artefact!r}: {artefact.push_to_hub(args.repo_id, **options)}")
 
 
 def pull(args: PullArguments) -> None:
-    """Fetch scores, retrainings or subsets from the Hub, check them, and write them to a file."""
+    """Fetch scores, retrainings, subsets or a feature store from the Hub, check them, and write them down."""
     from hf_attribution.hub.access import Place
-    from hf_attribution.hub.files import fetch
+    from hf_attribution.hub.files import KINDS, kind_at
+    from hf_attribution.store import FeatureStore
 
-    artefact = fetch(Place(args.repo_id, args.revision))
-    artefact.save(args.output_file)
-    _say(f"{artefact!r}: {args.output_file}")
+    kind = kind_at(Place(args.repo_id, args.revision))
+    if kind in KINDS:
+        artefact = KINDS[kind].from_hub(args.repo_id, revision=args.revision)
+        artefact.save(args.output_file)
+        _say(f"{artefact!r}: {args.output_file}")
+    else:
+        _say(repr(FeatureStore.from_hub(args.repo_id, args.output_file, revision=args.revision)))
 
 
 def report(model_args: ModelArguments, data_args: DataArguments, args: ReportArguments) -> None:

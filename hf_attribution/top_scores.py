@@ -15,6 +15,8 @@ from hf_attribution.seals import plain_json
 if TYPE_CHECKING:
     import datasets
 
+    from hf_attribution.hub.card import AttributionCardData
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TopScores(TabularArtefact):
@@ -104,6 +106,46 @@ class TopScores(TabularArtefact):
         """Return what `to_dataset` was given, also after Parquet or the Hub, or raise `ArtefactError`."""
         columns, metadata = from_rows(dataset, cls.kind)
         return cls._unpack({"indices": columns["train_indices"], "values": columns["scores"]}, metadata)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        top_k: int = 10,
+        train_dataset: datasets.Dataset | None = None,
+        query_dataset: datasets.Dataset | None = None,
+        card_data: AttributionCardData | None = None,
+    ) -> str:
+        """Push to a dataset repository on the Hub: tables that its viewer shows, and a card, in one commit or none.
+
+        Configuration `top` (the default) has a row for each query and rank, `top_scores` a row a query.
+
+        Args:
+            repo_id: `"user/name"`, or `"name"` for your own. It is made if it is missing.
+            private: Whether a new repository is private; an existing one that is not as it is said is refused.
+            revision: The branch, by default the main one. It is made if it is missing.
+            token: A token that may write; by default that of `hf auth login` or HF_TOKEN.
+            top_k: How many training examples of each query `top` shows, of those that were kept.
+            train_dataset: The training set. The columns of these examples are published; `select_columns` chooses.
+            query_dataset: The queries, likewise, as columns `query_...`.
+            card_data: What only you know: licence, language, models and datasets that are not from the Hub.
+
+        Returns:
+            The URL of the commit.
+
+        Raises:
+            HubError: No token, a repository that holds something else or is public and should be private, no network.
+            ArtefactError: The card was edited so that it cannot be read, or the repository is of a newer schema.
+            MismatchError: A dataset has another number of rows.
+        """
+        from hf_attribution.hub.access import Place
+        from hf_attribution.hub.push import push_top_scores
+
+        place = Place(repo_id, revision, token)
+        return push_top_scores(self, place, private, card_data, top_k, train_dataset, query_dataset)
 
     def _pack(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         metadata = {

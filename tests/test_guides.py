@@ -95,6 +95,7 @@ def test_code_about_the_hub_runs(points, tmp_path, monkeypatch):
     trainer, test = points["trainer"], points["test"]
     for method in ("grad_dot", "trak"):
         trainer.attribute(test, method=method, cache_dir=tmp_path / "stores").save(tmp_path / f"{method}.safetensors")
+    trainer.attribute_top(test, k=3).save(tmp_path / "top.safetensors")
     trainer.retrain(test, num_subsets=6, seeds=2).save(tmp_path / "truth.safetensors")
     DatasetDict({"train": points["train"], "test": test}).save_to_disk(str(tmp_path / "data"))
     with hub_server.Hub() as hub:
@@ -105,6 +106,7 @@ def test_code_about_the_hub_runs(points, tmp_path, monkeypatch):
             truth, data = Counterfactuals.load("truth.safetensors"), datasets.load_from_disk("data")
             train, test = data["train"], data["test"]
             import pathlib
+            top = TopScores.load("top.safetensors")
             store_folder = min(pathlib.Path("stores").rglob("manifest.json")).parent
             """
         )

@@ -492,6 +492,30 @@ def test_subsets_are_shared(hub, client):
     client.run("assert Subsets.from_hub('ada/subsets').fingerprint == subsets.fingerprint")
 
 
+def test_the_largest_scores_alone_are_shared(hub, client):
+    client.run(
+        """
+        scores = make_scores()
+        indices = np.argsort(-scores.values, axis=1)[:, :12]
+        top = TopScores(indices, np.take_along_axis(scores.values, indices, axis=1), 40, "trak", {"dim": 8})
+        top.push_to_hub("ada/top", train_dataset=train, query_dataset=train.select(range(6)), top_k=5)
+        back = TopScores.from_hub("ada/top")
+        assert back.fingerprint == top.fingerprint
+        rows = datasets.load_dataset("ada/top", split="train")
+        """
+    )
+    assert client.run("print(rows.num_rows, rows[0]['train_index'] == int(indices[0, 0]), rows[0]['query_text'])") == (
+        "30 True naïve Ω 0 🤗"
+    )
+    assert client.run("print(datasets.load_dataset('ada/top', 'top_scores', split='train').num_rows)") == "6"
+    assert "the top 12 of 40 training examples" in card(hub, "datasets/ada/top")
+    client.run("top.push_to_hub('ada/top-whole', top_k=50)")  # no more than there are
+    assert client.run("print(datasets.load_dataset('ada/top-whole', split='train').num_rows)") == "72"
+    assert "has 3" in client.fails("top.push_to_hub('ada/top', query_dataset=train.select(range(3)))")
+    assert "holds no scores; it holds top, top_scores" in client.fails("Scores.from_hub('ada/top')")
+    assert "holds something else than scores" in client.fails("scores.push_to_hub('ada/top')")
+
+
 def test_one_seed_has_no_reliability_to_show(hub, client):
     client.run("make_truth(make_scores(), seeds=1).push_to_hub('ada/one-seed')")
     client.run("rows = datasets.load_dataset('ada/one-seed', split='train')")
@@ -636,6 +660,7 @@ def test_push_and_pull_in_the_shell(hub, client, tmp_path):
         ("pull --repo_id ada/none --output_file FOLDER/x.safetensors", "there is no such dataset repository"),
         ("pull --repo_id ada/foreign --output_file FOLDER/x.safetensors", "holds nothing that hf_attribution pushed"),
         ("pull --repo_id ada/none --output_file FOLDER", "is a folder"),
+        ("push --artefact FOLDER --repo_id ada/none", "is not a feature store"),
         ("pull --repo_id ../../etc --output_file FOLDER/x.safetensors", "Repo id must"),
     ],
 )
@@ -703,6 +728,22 @@ def test_a_store_goes_and_comes_back(hub, client, make_store, tmp_path):
     assert "holds something else" in client.fails("make_scores().push_to_hub('ada/store')")
     client.run("Subsets.random(10, 2).push_to_hub('ada/no-store')")
     assert "holds no features" in client.fails("FeatureStore.from_hub('ada/no-store', here / 'none')")
+
+
+def test_push_and_pull_a_store_in_the_shell(hub, client, make_store, tmp_path):
+    client.run(
+        f"""
+        from hf_attribution.cli import main
+        here = Path({str(tmp_path)!r})
+        store = make_store(here / "store")
+        repo = ["--repo_id", "ada/shell-store"]
+        assert main(["push", "--artefact", str(here / "store"), *repo, "--license", "mit"]) == 0
+        assert main(["pull", *repo, "--output_file", str(here / "back")]) == 0
+        back = FeatureStore(str(here / "back"))
+        assert back.manifest == store.manifest and torch.equal(back.read(0, 10), store.read(0, 10))
+        """
+    )
+    assert front_matter(card(hub, "datasets/ada/shell-store"))["license"] == "mit"
 
 
 def test_a_foreign_store_writes_nothing_outside_of_its_folder(hub, client, make_store, tmp_path):

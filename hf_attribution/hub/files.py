@@ -10,14 +10,17 @@ from hf_attribution.artefacts import artefact_kind
 from hf_attribution.counterfactuals import Counterfactuals
 from hf_attribution.errors import ArtefactError
 from hf_attribution.hub.access import Place, explained
+from hf_attribution.hub.folders import MANIFEST
 from hf_attribution.hub.tables import parquet_paths
 from hf_attribution.scores import Scores
 from hf_attribution.subsets import Subsets
+from hf_attribution.top_scores import TopScores
 
-KINDS = {kind.kind: kind for kind in (Scores, Counterfactuals, Subsets)}
+Tabular = Scores | TopScores | Counterfactuals | Subsets
+KINDS = {kind.kind: kind for kind in (Scores, TopScores, Counterfactuals, Subsets)}
 
 
-def load(path: str | os.PathLike[str]) -> Scores | Counterfactuals | Subsets:
+def load(path: str | os.PathLike[str]) -> Tabular:
     """Load whatever artefact a file holds.
 
     Args:
@@ -35,23 +38,27 @@ def load(path: str | os.PathLike[str]) -> Scores | Counterfactuals | Subsets:
     return KINDS[kind].load(path)
 
 
-def fetch(place: Place) -> Scores | Counterfactuals | Subsets:
-    """Fetch whatever artefact a repository holds.
+def kind_at(place: Place) -> str:
+    """Tell what artefact a repository holds.
 
     Args:
         place: The repository.
 
     Returns:
-        The artefact.
+        A name in `KINDS`, or of a kind that is a folder.
 
     Raises:
         ArtefactError: The repository holds none.
     """
     with explained(place, "read"):
         paths = HfApi(token=place.token).list_repo_files(place.repo_id, repo_type="dataset", revision=place.revision)
-    for name, kind in KINDS.items():
-        if any(parquet_paths(name).fullmatch(path) for path in paths):
-            return kind.from_hub(place.repo_id, revision=place.revision, token=place.token)
+    for kind in KINDS:
+        if any(parquet_paths(kind).fullmatch(path) for path in paths):
+            return kind
+    for path in paths:
+        folder, _, name = path.partition("/")
+        if name == MANIFEST:
+            return folder
     raise ArtefactError(
         f"{place.repo_id} holds nothing that hf_attribution pushed ({', '.join(paths[:3]) or 'it is empty'}). "
         f"Load it with datasets.load_dataset('{place.repo_id}')."

@@ -16,11 +16,17 @@ from hf_attribution.hub.commits import Upload, commit
 from hf_attribution.hub.tables import is_sealed, parquet_files, parquet_paths
 from hf_attribution.scores import Scores
 from hf_attribution.subsets import Subsets
+from hf_attribution.top_scores import TopScores
 
 if TYPE_CHECKING:
     import datasets
 
     from hf_attribution.evaluation import LDSReport
+
+_SUMMARY = (
+    "A score says what *including* a training example in the training adds to the measured output of a query. `query` "
+    "and `train_index` are row numbers of the datasets that were attributed."
+)
 
 
 def push_scores(
@@ -42,31 +48,16 @@ def push_scores(
         MismatchError: A dataset has not as many rows as the scores say.
     """
     num_queries, num_examples = scores.values.shape
-    top, bottom = (each(top_k, train_dataset) for each in (scores.top, scores.bottom))
-    if query_dataset is not None:
-        if len(query_dataset) != num_queries:
-            raise MismatchError(
-                f"The scores are for {num_queries} queries and query_dataset has {len(query_dataset)}: pass the "
-                "queries that were attributed."
-            )
-        top, bottom = (_with_queries(rows, query_dataset) for rows in (top, bottom))
+    top, bottom = (
+        _with_queries(each(top_k, train_dataset), query_dataset, num_queries) for each in (scores.top, scores.bottom)
+    )
     said = _completed(card_data, scores.provenance, train_dataset)
     page = Page(
         title=f"{scores.method} attributions of {num_queries} queries to {num_examples:,} training examples",
-        summary="A score says what *including* a training example in the training adds to the measured output of a "
-        "query. `query` and `train_index` are row numbers of the datasets that were attributed.",
-        facts={
-            **_origin(said),
-            "method": scores.method,
-            "paper": scores.provenance.get("paper"),
-            "measured output": scores.provenance.get("measurement"),
-            "models": len(scores.provenance.get("checkpoints", ())) or None,
-            "seconds": scores.provenance.get("seconds") and round(scores.provenance["seconds"], 1),
-            "fingerprint": scores.fingerprint,
-        },
+        summary=_SUMMARY,
+        facts=_facts(scores, said),
         tables={
-            "top": f"a query and one of the {top_k} training examples that raise its output most: `query`, `rank`, "
-            "`train_index`, `score`" + ", and the example" * (train_dataset is not None),
+            "top": _top_row(top_k, train_dataset),
             "bottom": "the same for those that lower it most",
             "scores": f"a query: `query`, and `scores`, a list of {num_examples:,} numbers",
         },
@@ -75,11 +66,45 @@ def push_scores(
         'first = Scores.from_hub("{repo_id}", queries=slice(0, 10))  # reads these rows only',
         details={"settings": scores.settings, "provenance": _short(scores.provenance)},
         report=report,
-        tags=[scores.method] if scores.method.isidentifier() else [],
+        tags=_tags(scores),
     )
     return _push(
         scores.kind, {"top": top, "bottom": bottom, "scores": scores.to_dataset()}, page, said, place, private
     )
+
+
+def push_top_scores(
+    scores: TopScores,
+    place: Place,
+    private: bool | None,
+    card_data: AttributionCardData | None,
+    top_k: int,
+    train_dataset: datasets.Dataset | None,
+    query_dataset: datasets.Dataset | None,
+) -> str:
+    """Push the largest scores of each query: in long form, and a row a query. See `TopScores.push_to_hub`.
+
+    Returns:
+        The URL of the commit.
+    """
+    num_queries, k = scores.values.shape
+    shown = min(top_k, k)
+    top = _with_queries(scores.top(shown, train_dataset), query_dataset, num_queries)
+    said = _completed(card_data, scores.provenance, train_dataset)
+    page = Page(
+        title=f"{scores.method} attributions of {num_queries} queries: "
+        f"the top {k} of {scores.num_examples:,} training examples",
+        summary=f"{_SUMMARY} Of each query only the {k} largest scores were kept.",
+        facts=_facts(scores, said),
+        tables={
+            "top": _top_row(shown, train_dataset),
+            scores.kind: f"a query: `query`, `train_indices` and `scores`, lists of {k:,}, the largest first",
+        },
+        usage='from hf_attribution import TopScores\n\nscores = TopScores.from_hub("{repo_id}")',
+        details={"settings": scores.settings, "provenance": _short(scores.provenance)},
+        tags=_tags(scores),
+    )
+    return _push(scores.kind, {"top": top, scores.kind: scores.to_dataset()}, page, said, place, private)
 
 
 def push_counterfactuals(
@@ -163,15 +188,47 @@ def _push(
     return commit(place, private, upload)
 
 
-def _with_queries(rows: datasets.Dataset, query_dataset: datasets.Dataset) -> datasets.Dataset:
+def _with_queries(
+    rows: datasets.Dataset, query_dataset: datasets.Dataset | None, num_queries: int
+) -> datasets.Dataset:
     """Join the query's own columns to long-form rows, as `query_...`."""
     import datasets
 
+    if query_dataset is None:
+        return rows
+    if len(query_dataset) != num_queries:
+        raise MismatchError(
+            f"The scores are for {num_queries} queries and query_dataset has {len(query_dataset)}: pass the queries "
+            "that were attributed."
+        )
     queries = query_dataset.with_format(None).select(rows["query"][:])
     taken = {name: f"query_{name}" for name in query_dataset.column_names}
     while set(taken.values()) & set(rows.column_names):
         taken = {name: f"query_{new}" for name, new in taken.items()}
     return datasets.concatenate_datasets([rows, queries.rename_columns(taken)], axis=1)
+
+
+def _top_row(top_k: int, train_dataset: datasets.Dataset | None) -> str:
+    return (
+        f"a query and one of the {top_k} training examples that raise its output most: `query`, `rank`, "
+        "`train_index`, `score`" + ", and the example" * (train_dataset is not None)
+    )
+
+
+def _facts(scores: Scores | TopScores, said: AttributionCardData) -> dict[str, Any]:
+    return {
+        **_origin(said),
+        "method": scores.method,
+        "paper": scores.provenance.get("paper"),
+        "measured output": scores.provenance.get("measurement"),
+        "models": len(scores.provenance.get("checkpoints", ())) or None,
+        "seconds": scores.provenance.get("seconds") and round(scores.provenance["seconds"], 1),
+        "fingerprint": scores.fingerprint,
+    }
+
+
+def _tags(scores: Scores | TopScores) -> list[str]:
+    return [scores.method] if scores.method.isidentifier() else []
 
 
 def _by_query(truth: Counterfactuals) -> datasets.Dataset:

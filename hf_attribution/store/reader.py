@@ -58,6 +58,7 @@ class FeatureStore:
     _checked: dict[str, ShardFile] = dataclasses.field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))  # a string will do
         manifest = Manifest.load(self.path)
         object.__setattr__(self, "manifest", manifest)
         if manifest.num_rows is None or any(shard.checksum is None for shard in manifest.shards):
