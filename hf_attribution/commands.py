@@ -32,7 +32,7 @@ def attribute(model_args: ModelArguments, data_args: DataArguments, args: Attrib
     from hf_attribution.attribution import attribute as compute_scores
     from hf_attribution.dry_run import attribute_dry_run
     from hf_attribution.methods import get_method
-    from hf_attribution.processes import state
+    from hf_attribution.team import state
     from hf_attribution.workspace import checkpoints_for, load_workspace
 
     method = _chosen(get_method, args)

@@ -3,42 +3,26 @@
 Under `accelerate launch` (or torchrun, or srun) all processes run the same program with the same arguments. Of a pass
 that is shared each process takes every W-th batch, and what came of it is added up, or put in order, over the
 processes. What each of them holds in the end is what one process would hold.
-
-Processes wait for each other in a key-value store, where each leaves a sign of life every few seconds, and only then
-exchange anything. So none hangs when another has died, however uneven their work is, and whatever the time-out of the
-process group.
 """
 
 import contextlib
 import itertools
-import os
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor
-from transformers.utils import logging
 
-from hf_attribution.errors import ProcessError
+from hf_attribution.team import Team, launched
 
 T = TypeVar("T")
-
-logger = logging.get_logger(__name__)
 
 # Batches of a process that are exchanged at once.
 AT_ONCE = 16
 
 # Numbers that are added up at once.
 _CHUNK = 2**24
-
-# Seconds between two signs of life, between looks at those of others, and of silence that means death.
-HEARTBEAT, LOOK, SILENCE = 5.0, 1.0, 30.0
 
 
 def count() -> int:
@@ -140,10 +124,10 @@ def sharing(what: str) -> Iterator[None]:
         ...     count()  # under `accelerate launch --num_processes 2` it is 2
         1
     """
-    if _team is not None or not _launched():
+    if _team is not None or not launched():
         yield
         return
-    team = _Team(what)
+    team = Team(what)
     with team.alive():
         try:
             team.meet()
@@ -155,147 +139,17 @@ def sharing(what: str) -> Iterator[None]:
             raise
 
 
-_team: "_Team | None" = None
-_number = itertools.count()
+_team: Team | None = None
 
 
 @contextlib.contextmanager
-def _as_team(team: "_Team | None") -> Iterator[None]:
+def _as_team(team: Team | None) -> Iterator[None]:
     global _team
     before, _team = _team, team
     try:
         yield
     finally:
         _team = before
-
-
-class _Team:
-    """The processes of a launch, for one piece of work."""
-
-    def __init__(self, what: str) -> None:
-        own = state()
-        self.what, self.size, self.rank, self.device = what, own.num_processes, own.process_index, own.device
-        self._prefix = f"hf_attribution {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} {next(_number)}"
-        self._store, self._meetings = self._connect(), 0
-        self._last_signs: dict[int, tuple[bytes, float]] = {}
-        self._started, self._warned = time.monotonic(), False
-
-    def _connect(self) -> dist.Store:
-        """A connection of its own to the store by which the launcher's processes found each other."""
-        try:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        except KeyError as error:
-            raise ProcessError(f"{error.args[0]} is not set: start the processes by accelerate launch.") from error
-        return dist.PrefixStore(self._prefix, dist.TCPStore(address, port, is_master=False))
-
-    def meet(self) -> None:
-        """Wait until all processes are here, or find out that one will not come."""
-        self._meetings += 1
-        key = f"meeting {self._meetings}"
-        try:
-            if self._store.add(key, 1) == self.size:
-                self._store.set(f"{key} is complete", "1")
-            pause, looked = 1e-4, time.monotonic()
-            while not self._store.check([f"{key} is complete"]):
-                time.sleep(pause)
-                pause = min(1.5 * pause, 0.05)
-                if time.monotonic() - looked > LOOK:
-                    self._look()
-                    looked = time.monotonic()
-            if self.rank == 0:  # all have left the one before
-                self._store.delete_key(f"meeting {self._meetings - 1}")
-                self._store.delete_key(f"meeting {self._meetings - 1} is complete")
-        except RuntimeError as error:
-            raise ProcessError(f"{self.what}: the connection to process 0 is lost ({error}). {_REMEDY}") from error
-
-    def _look(self) -> None:
-        """Whether all others live."""
-        if self._store.check(["failure"]):
-            raise ProcessError(f"{self.what}: {self._store.get('failure').decode()} {_REMEDY}")
-        now, absent = time.monotonic(), []
-        for process in range(self.size):
-            if not self._store.check([f"alive {process}"]):
-                absent.append(str(process))
-                continue
-            sign = self._store.get(f"alive {process}")
-            last, since = self._last_signs.get(process, (b"", now))
-            if sign != last:
-                self._last_signs[process] = (sign, now)
-            elif now - since > SILENCE:
-                raise ProcessError(
-                    f"{self.what}: process {process} has given no sign of life for {SILENCE:.0f} seconds: it was "
-                    f"killed (out of memory?), stopped, or its machine is gone. {_REMEDY}"
-                )
-        if absent and now - self._started > SILENCE and not self._warned:
-            self._warned = True
-            logger.warning(f"Waiting for process {', '.join(absent)} to call {self.what}, too: all of a launch must.")
-
-    @contextlib.contextmanager
-    def alive(self) -> Iterator[None]:
-        """Leave signs of life for a while."""
-        over, store = threading.Event(), self._connect()
-        signs = itertools.count()
-
-        def beat() -> None:
-            with contextlib.suppress(RuntimeError):  # without a store nobody looks
-                store.set(f"alive {self.rank}", str(next(signs)))
-                while not over.wait(HEARTBEAT):
-                    store.set(f"alive {self.rank}", str(next(signs)))
-
-        heart = threading.Thread(target=beat, daemon=True)
-        heart.start()
-        try:
-            yield
-        finally:
-            over.set()
-            heart.join()
-
-    def tell(self, error: BaseException) -> None:
-        """Let the others know why this process stops."""
-        if not isinstance(error, ProcessError):
-            text = f"process {self.rank} stopped with {type(error).__name__}: {error}."
-            with contextlib.suppress(RuntimeError):
-                self._store.compare_set("failure", "", text)
-
-    @contextlib.contextmanager
-    def _exchange(self) -> Iterator[None]:
-        self.meet()
-        try:
-            yield
-        except RuntimeError as error:
-            raise ProcessError(f"{self.what}: another process is lost ({error}). {_REMEDY}") from error
-
-    def add_up(self, pieces: Sequence[Tensor]) -> None:
-        """Add up flat tensors of one type in one exchange."""
-        joined = pieces[0].to(self.device) if len(pieces) == 1 else torch.cat([p.to(self.device) for p in pieces])
-        with self._exchange():
-            dist.all_reduce(joined)
-        for piece, found in zip(pieces, joined.split([len(piece) for piece in pieces]), strict=True):
-            if found.data_ptr() != piece.data_ptr():
-                piece.copy_(found)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Picklable things of all processes."""
-        found = [None] * self.size
-        with self._exchange():
-            dist.all_gather_object(found, value)
-        return found
-
-    def from_main(self, value: Any) -> Any:
-        """A picklable thing of the main process."""
-        found = [value]
-        with self._exchange():
-            dist.broadcast_object_list(found, src=0, device=self.device)
-        return found[0]
-
-    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
-        """Rows `[n, ...]` of all processes, of which each has its own number, known to all."""
-        padded = rows.new_zeros(max(counts), *rows.shape[1:], device=self.device)
-        padded[: len(rows)] = rows
-        found = [torch.empty_like(padded) for _ in counts]
-        with self._exchange():
-            dist.all_gather(found, padded)
-        return [each[:n] for each, n in zip(found, counts, strict=True)]
 
 
 def _fields(own: list[tuple[Tensor, ...]], sizes: list[list[int]]) -> list[tuple[list[int], list[Tensor]]]:
@@ -310,15 +164,3 @@ def _fields(own: list[tuple[Tensor, ...]], sizes: list[list[int]]) -> list[tuple
     counts = [sum(each) for each in sizes]
     gathered = [_team.gather_rows(field, counts) for field in joined]
     return [(each, [rows[number] for rows in gathered]) for number, each in enumerate(sizes)]
-
-
-_REMEDY = "All processes stop. Start the same command again; what is finished in cache_dir is not computed anew."
-
-
-def _launched() -> bool:
-    return dist.is_available() and (dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1)
-
-
-def state() -> PartialState:
-    """Accelerate's state of this process, as its `Accelerator` would make it: rank, device, process group."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))

@@ -29,9 +29,9 @@ from hf_attribution.blocks import text_blocks
 from hf_attribution.checkpoints import trainer_checkpoints
 from hf_attribution.methods import Method
 from hf_attribution.problem import Checkpoint
-from hf_attribution.processes import state
 from hf_attribution.splits import draw_rows, load_query, load_train
 from hf_attribution.tasks import Task, infer_task
+from hf_attribution.team import state
 from hf_attribution.weights import quiet_transformers
 
 # Order matters: BART-like classes stand in several tables.

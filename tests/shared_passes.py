@@ -26,8 +26,8 @@ from hf_attribution import (
     attribute_parts,
     attribute_top,
     dry_run,
-    processes,
     self_influence,
+    team,
 )
 from hf_attribution.errors import ProcessError
 from hf_attribution.gradients import products
@@ -178,7 +178,7 @@ def die():
 
 def see_failures(folder):
     """What each process learns of the failures of others."""
-    processes.HEARTBEAT, processes.LOOK, processes.SILENCE = 0.2, 0.2, 3.0
+    team.HEARTBEAT, team.LOOK, team.SILENCE = 0.2, 0.2, 3.0
     rank, seen = int(os.environ["RANK"]), {}
     model, train, query = make_model(), rows(17, 1), rows(5, 2)
     bad = [{**row, "input_ids": [49, *row["input_ids"][1:]]} if n == 0 else row for n, row in enumerate(train)]
@@ -240,7 +240,7 @@ def lives(folder):
 
 def mortal(folder, lifetime):
     """A life in which the second process, or the only one, dies early."""
-    processes.HEARTBEAT, processes.LOOK, processes.SILENCE = 0.2, 0.2, 2.0
+    team.HEARTBEAT, team.LOOK, team.SILENCE = 0.2, 0.2, 2.0
     last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     live(folder, lifetime if last else 10**9)
 
