@@ -41,7 +41,7 @@ class AttributionDryRun:
         num_batches: The batches of these passes.
         seconds: All of it, roughly.
         disk_bytes: What is kept in `cache_dir`, or in a temporary folder as long as it lasts.
-        memory_bytes: Weights and scores; on a GPU at least the peak of what was tried.
+        memory_bytes: Of weights and scores, without what a batch takes; on a GPU at least the peak of what was tried.
     """
 
     method: str
@@ -58,7 +58,7 @@ class AttributionDryRun:
             f"{self.method}: {self.shape[0]:,} queries x {self.shape[1]:,} training examples. About "
             f"{self.train_passes:.3g} passes over the training examples and {self.query_passes:.3g} over the queries, "
             f"{self.num_batches:,} batches; {duration(self.seconds)}, {size(self.disk_bytes)} of disk, "
-            f"{size(self.memory_bytes)} of memory."
+            f"{size(self.memory_bytes)} of memory or more."
         )
 
 
