@@ -195,6 +195,12 @@ def test_each_worker_sees_one_gpu(monkeypatch):
     assert workers._devices(SimpleNamespace(use_cpu=True)) == []
 
 
+def test_a_worker_of_a_process_of_a_launch_sees_the_gpu_of_that_process():
+    crew = object.__new__(workers.Crew)
+    crew._devices, crew._place, crew.threads = ["4", "6"], 1, 1
+    assert [crew._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["6", "4"]
+
+
 # Workers
 
 
