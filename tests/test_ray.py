@@ -11,7 +11,7 @@ from hf_attribution.errors import ArtefactError
 from hf_attribution.retraining import on_ray
 from hf_attribution.retraining.worklist import Run
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
