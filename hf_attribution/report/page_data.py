@@ -208,8 +208,8 @@ def _rankings(scores: Scores, self_influence: np.ndarray | None) -> list[dict[st
         found.append(("Self-influence", note, own, 1))
     mean = scores.values.mean(axis=0, dtype=np.float64)
     found += [
-        ("Most helpful on average", "They raise the outputs of all queries most, on average.", mean, 1),
-        ("Most harmful on average", "They lower the outputs of all queries most, on average.", mean, -1),
+        ("Most helpful on average", "The highest mean scores over all queries.", mean, 1),
+        ("Most harmful on average", "The lowest mean scores over all queries.", mean, -1),
     ]
     rankings = []
     for title, note, values, sign in found:

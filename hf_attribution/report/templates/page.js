@@ -223,6 +223,7 @@
         return matches(page.examples[row], row, search) && (!only || same === (only === "same"));
       });
       $(end).replaceChildren(...kept.map((each) => example(each, query, largest)));
+      $(end).classList.toggle("pictures", query[end].every(([row]) => isPicture(page.examples[row])));
       const all = query[end].length;
       let said = kept.length === all ? plural(all, "example") : `${kept.length} of ${plural(all, "example")}`;
       if (query.group !== undefined && page.examples[query[end][0][0]].group !== undefined) {
@@ -232,6 +233,10 @@
       $(`${end}-count`).textContent = said;
     }
   }
+
+  // Small pictures alone stand side by side.
+  const isPicture = ({ fields: [field, ...more] }) =>
+    !more.length && field.image !== undefined && Math.max(field.width, field.height) <= 64;
 
   function example({ row, score, rank }, query, largest) {
     const item = page.examples[row];
