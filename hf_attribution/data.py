@@ -339,7 +339,8 @@ def used_columns(dataset: Any, model: nn.Module) -> Any:
     if all(name in (*unused, *_LABEL_COLUMNS) for name in columns):
         raise ValueError(
             f"None of the columns {', '.join(columns)} is an argument of {type(model).__name__}.forward "
-            f"({', '.join(forward_arguments(model))}): preprocess the dataset first (tokenize it, say)."
+            f"({', '.join(forward_arguments(model))}): preprocess the dataset first (tokenize it, say), or, where the "
+            "collator does, set remove_unused_columns=False."
         )
     return dataset.remove_columns(unused)
 

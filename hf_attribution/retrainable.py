@@ -1,7 +1,8 @@
 """A Trainer that trains again, on subsets of its data: the truth that attributions are judged by, and ensembles."""
 
+import dataclasses
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 from torch import nn
@@ -9,13 +10,12 @@ from torch import nn
 from hf_attribution.counterfactuals import Counterfactuals, Subsets
 from hf_attribution.data import Split, select_rows
 from hf_attribution.ensemble import Ensemble
-from hf_attribution.errors import UnsupportedError
 from hf_attribution.replay.training import RecordedTraining
 from hf_attribution.retraining import FollowUp, Recipe, Request, make_plan, run_plan
 from hf_attribution.retraining.dry_run import RetrainingDryRun, try_out
 from hf_attribution.retraining.plan import Plan, Workers, default_task
 from hf_attribution.retraining.progress import trainer_tracker
-from hf_attribution.retraining.recipe import copied, given
+from hf_attribution.retraining.recipe import copied, copied_model, given
 from hf_attribution.seeds import derive_seed
 from hf_attribution.tasks import Task
 
@@ -50,8 +50,11 @@ class Retrainable(RecordedTraining):
                 callbacks = copied(callbacks, "pass callbacks that can be copied, or add them with add_callback.")
         super().__init__(*args, **kwargs)
         if self._remembers:
-            initial = None if self.model_init is not None else _initial_copy(self.model)
-            self._recipe = Recipe(type(self), positional, named, callbacks, initial)
+            recipe = Recipe(type(self), positional, named, callbacks, None)
+            initial, holders = copied_model(
+                cast(nn.Module, self.model), recipe.arguments(), is_made=self.model_init is not None
+            )
+            self._recipe = dataclasses.replace(recipe, initial_model=initial, holders=holders)
         if record:
             folder = Path(str(self.args.output_dir), RECORDING_DIR) if record is True else Path(record)
             self.recording_dir = folder
@@ -244,11 +247,6 @@ class Retrainable(RecordedTraining):
 
     def _task(self) -> Task:
         return default_task(self)
-
-
-def _initial_copy(model: nn.Module) -> nn.Module | UnsupportedError:
-    copy = copied(model, "pass model_init=, a function that makes the model, instead of model=.")
-    return copy.cpu() if isinstance(copy, nn.Module) else copy
 
 
 def one_dataset(dataset: Any, name: str) -> Any:

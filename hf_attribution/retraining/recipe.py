@@ -28,6 +28,7 @@ class Recipe:
         callbacks: Copies of the callbacks among them, as they were before the constructor saw them.
         initial_model: A copy of the model on the CPU as it was after construction, or `None` where `model_init` makes
             one. Copies that could not be made are the errors that say so.
+        holders: Arguments that hold the model, as the losses of sentence-transformers do: copies that hold the copy.
     """
 
     trainer_class: type[Trainer]
@@ -35,6 +36,7 @@ class Recipe:
     named: dict[str, Any]
     callbacks: list[Any] | UnsupportedError | None
     initial_model: nn.Module | UnsupportedError | None
+    holders: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def build(
         self, args: TrainingArguments, train_dataset: Any, trainer_class: type[Trainer] | None = None
@@ -50,8 +52,10 @@ class Recipe:
             The trainer.
         """
         replaced: dict[str, Any] = {"args": args, "train_dataset": train_dataset}
+        copies: Any = own_copy(_Together(_usable(self.initial_model), self.holders))
+        replaced |= copies.holders
         if self.initial_model is not None:
-            replaced["model"] = own_copy(_usable(self.initial_model))
+            replaced["model"] = copies.model
         if self.callbacks is not None:
             replaced["callbacks"] = copy.deepcopy(_usable(self.callbacks))
         positional, named = self._arguments(replaced)
@@ -84,7 +88,13 @@ class Recipe:
 
     def portable(self) -> "Recipe":
         """The same without the user's own model and data, which `build` replaces."""
-        left_out = {"args": None, "train_dataset": None, "model": None, "callbacks": None}
+        left_out = {
+            "args": None,
+            "train_dataset": None,
+            "model": None,
+            "callbacks": None,
+            **dict.fromkeys(self.holders),
+        }
         positional, named = self._arguments({k: v for k, v in left_out.items() if self.given(k) is not None})
         return dataclasses.replace(self, positional=tuple(positional), named=named)
 
@@ -99,13 +109,53 @@ class Recipe:
 
     def arguments(self) -> dict[str, Any]:
         """All that the constructor was given, by name."""
-        return {**dict(zip(positional_names(self.trainer_class), self.positional, strict=False)), **self.named}
+        placed = dict(zip(positional_names(self.trainer_class), self.positional, strict=False))
+        return {**placed, **self.named, **self.holders}
 
     def _arguments(self, replaced: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         names = positional_names(self.trainer_class)
         positional = [replaced.get(name, value) for name, value in zip(names, self.positional, strict=False)]
         placed = set(names[: len(self.positional)])
         return positional, {**self.named, **{k: v for k, v in replaced.items() if k not in placed}}
+
+
+class _Together(nn.Module):
+    """A model and what holds it, to be copied as one."""
+
+    def __init__(self, model: nn.Module | None, holders: dict[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.holders = holders
+
+
+def copied_model(
+    model: nn.Module, arguments: Mapping[str, Any], is_made: bool
+) -> tuple[nn.Module | UnsupportedError | None, dict[str, Any]]:
+    """Copy a model to the CPU, and with it the arguments of a trainer's constructor that hold it.
+
+    Args:
+        model: The trainer's model.
+        arguments: What the constructor was given, by name.
+        is_made: Whether `model_init` makes it, so that no copy is needed but in what holds it.
+
+    Returns:
+        The copy of the model, or the error to raise once it is needed; and copies of the holders by name.
+    """
+    own = {id(module) for module in model.modules()}
+    holders = {name: value for name, value in arguments.items() if name != "model" and _holds(value, own)}
+    if is_made and not holders:
+        return None, {}
+    remedy = "pass model_init=, a function that makes the model, instead of model=."
+    together = copied(_Together(model, holders), remedy, type(model).__name__)
+    if isinstance(together, UnsupportedError):
+        return together, {}
+    return (None if is_made else together.cpu().model), together.holders
+
+
+def _holds(value: Any, own: set[int]) -> bool:
+    if isinstance(value, Mapping):
+        return any(_holds(each, own) for each in value.values())
+    return isinstance(value, nn.Module) and any(id(module) in own for module in value.modules())
 
 
 def positional_names(trainer_class: type) -> list[str]:
@@ -151,12 +201,12 @@ def described(value: Any) -> Any:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def copied(thing: Any, remedy: str) -> Any:
+def copied(thing: Any, remedy: str, name: str | None = None) -> Any:
     """A deep copy, or the error to raise once the copy is needed: a constructor must not fail for it."""
     try:
         return own_copy(thing) if isinstance(thing, nn.Module) else copy.deepcopy(thing)
     except Exception as error:
-        return UnsupportedError(f"Retraining needs a copy of {_name(thing)} ({error}): {remedy}")
+        return UnsupportedError(f"Retraining needs a copy of {name or _name(thing)} ({error}): {remedy}")
 
 
 def _usable(thing: Any) -> Any:
