@@ -148,6 +148,17 @@ def test_tied_embeddings_have_one_gradient():
         assert list(only.parameters) == ["transformer.wte.weight"]
 
 
+@pytest.mark.parametrize("method", ["grad_dot", "ekfac", "datainf"])
+def test_routers_without_a_gradient_make_no_noise(method, long_batch):
+    """The only expert that is chosen has weight 1, whatever the router says: its gradient is rounding."""
+    model, _ = models.make("mixtral")
+    data = rows_of(long_batch)
+    expected = scored(model, data, method, batch_size=7)
+    np.testing.assert_allclose(
+        scored(model, data, method, batch_size=1), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max()
+    )
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
 def test_experts_and_their_routers_are_exact(family):
     """Each is differentiated on its own; gpt-oss has besides a raw parameter within its attention."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from hf_attribution.curvature.damping import layer_ridges
 from hf_attribution.gradients.held import Source
 from hf_attribution.gradients.per_example import Gradients
 from hf_attribution.gradients.terms import Dense, Term, dense, inner_products, squared_norms
@@ -39,8 +40,7 @@ class MeanInverse:
                     self._lengths[layer][gradients.indices] += found.to(self._lengths[layer])
         add_up(*self._lengths.values())
         means = {layer: float(lengths.mean(dtype=torch.float64)) for layer, lengths in self._lengths.items()}
-        # A layer without any gradient has none to precondition.
-        self.ridges = {layer: damping * mean if mean > 0 else 1.0 for layer, mean in means.items()}
+        self.ridges = layer_ridges(damping, means)
 
     def __call__(self, block: Sequence[Gradients]) -> list[Gradients]:
         """The products with a block of gradients, dense."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hf_attribution.artefacts import fingerprint
+from hf_attribution.curvature.damping import layer_ridges
 from hf_attribution.curvature.kronecker import KroneckerCurvature, fit_curvature
 from hf_attribution.curvature.parts import Layout
 from hf_attribution.curvature.rows import CURVATURES, CurvatureRows
@@ -135,8 +136,7 @@ class Kronecker(Preconditioned):
         modules = self.modules_of(model)
         curvature = self._curvature(problem, model, modules, self.seed + number)
         units = curvature.units if self.per_layer else dict.fromkeys(curvature.units, curvature.unit)
-        # Of what has no gradient the inverse does not matter.
-        ridges = {block: self._damping * unit if unit > 0 else 1.0 for block, unit in units.items()}
+        ridges = layer_ridges(self._damping, units)
         inverse = curvature.to(problem.device).inverse(ridges)
         note: dict[str, Any] = {"modules": list(modules or ())} if self.last_layer else {}
         return inverse, {**note, "lambda": ridges if self.per_layer else next(iter(ridges.values()))}
