@@ -108,7 +108,7 @@ def cost(entries: Sequence[Entry]) -> dict[str, Any] | None:
         bounds.append({"value": short(entries[0].report.ceiling), "name": "noise ceiling"})
     dashed = {"type": "rule", "strokeDash": [4, 4], "opacity": 0.6}
     where = {"y": {"field": "value", "type": "quantitative"}}
-    named = {"type": "text", "align": "left", "baseline": "bottom", "x": 4, "dy": -3}
+    named = {"type": "text", "align": "right", "baseline": "top", "x": "width", "dx": -4, "dy": 4}
     ceiling = [
         {"data": {"values": bounds}, "mark": dashed, "encoding": where},
         {"data": {"values": bounds}, "mark": named, "encoding": {**where, "text": {"field": "name"}}},
