@@ -318,7 +318,9 @@ def test_smoothed_unroll_by_workers_is_that_of_one_process(tmp_path):
         trainer_in(tmp_path / str(number), [Slow()]).attribute(points(2, seed=1), method, workers=number)
         for number in (1, 2)
     ]
-    np.testing.assert_array_equal(scores[0].values, scores[1].values)
+    # Not bit for bit: how many products are formed at once is found out by timing.
+    one, two = (each.values for each in scores)
+    np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5 * np.abs(one).max())
 
 
 # All processes of a launch at one training
