@@ -14,7 +14,7 @@ PACKAGE = ROOT / "hf_attribution"
 
 # From the bottom up. A module or folder imports from its own line and from the lines above it.
 LAYERS = (
-    ("errors", "seeds", "seals", "metric_cache", "arguments", "catalogue", "team", "locks"),
+    ("errors", "finite", "seeds", "seals", "metric_cache", "arguments", "catalogue", "team", "locks"),
     ("processes",),
     # Artefacts push themselves, and say what they are worth.
     (

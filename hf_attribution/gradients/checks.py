@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attribution.errors import NonFiniteError, UnsupportedError
+from hf_attribution.finite import all_finite
 from hf_attribution.inputs import batch_normalised
 
 
@@ -117,10 +118,11 @@ def refuse_non_finite(values: Tensor, indices: Tensor, what: str) -> None:
     Raises:
         NonFiniteError: If there are any; the message names the first row.
     """
+    if all_finite(values):
+        return
     finite = values.detach().flatten(1).isfinite().all(1) if values.ndim > 1 else values.detach().isfinite()
-    if not finite.all():
-        row = int(indices[(~finite).nonzero()[0, 0].cpu()])
-        raise NonFiniteError(f"{what} is NaN or infinite for row {row}: look at that row, or at the model's weights.")
+    row = int(indices[(~finite).nonzero()[0, 0].cpu()])
+    raise NonFiniteError(f"{what} is NaN or infinite for row {row}: look at that row, or at the model's weights.")
 
 
 def _matches(name: str, pattern: str) -> bool:

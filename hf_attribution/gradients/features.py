@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from hf_attribution.data import Batch, Split
 from hf_attribution.errors import ArtefactError
+from hf_attribution.finite import all_finite
 from hf_attribution.gradients.checks import refuse_non_finite
 from hf_attribution.gradients.moments import DividedGradients
 from hf_attribution.gradients.per_example import PerExampleGradients
@@ -100,7 +101,7 @@ def _projected_rows(
     def project(batch: Batch) -> tuple[Tensor, Tensor]:
         found = gradients(batch)
         projected = projection(found, shapes)
-        if not projected.isfinite().all():
+        if not all_finite(projected):
             for name, terms in found.terms.items():
                 for term in terms:
                     refuse_non_finite(term.dense(), batch.indices, f"The gradient of {name}")

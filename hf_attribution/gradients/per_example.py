@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from hf_attribution.data import Batch, runs_out_of_memory
 from hf_attribution.errors import NonFiniteError, UnsupportedError
+from hf_attribution.finite import all_finite
 from hf_attribution.gradients.checks import (
     chosen_parameters,
     refuse_batch_statistics,
@@ -232,7 +233,7 @@ class PerExampleGradients:
             self._flat.setdefault(call.module, set()).update(flat_arguments(call))
         expected = dict(zip(self.parameters, found, strict=True))
         for name, gradient in expected.items():
-            if not gradient.isfinite().all():
+            if not all_finite(gradient):
                 rows = " or ".join(map(str, probe.indices.tolist()))
                 raise NonFiniteError(f"The gradient of {name} is NaN or infinite for row {rows}: look at those rows.")
         wrong = self._disagreeing(probe, expected, weights)

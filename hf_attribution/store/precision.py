@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_attribution.errors import NonFiniteError, UnsupportedError
+from hf_attribution.finite import all_finite
 
 # What numpy and Arrow see of each format. They know no bfloat16, so its bits are kept as integers.
 STORED: dict[str, type[np.generic]] = {
@@ -52,7 +53,7 @@ def encode(features: Tensor, dtype: str, rows: np.ndarray) -> dict[str, np.ndarr
         NonFiniteError: If an entry is NaN or infinite.
         UnsupportedError: If a row does not fit into the format; the message names it and what to use instead.
     """
-    if not features.isfinite().all():
+    if not all_finite(features):
         row = rows[int((~features.isfinite()).any(1).nonzero()[0, 0])]
         raise NonFiniteError(f"A feature of row {row} is NaN or infinite: look at that row.")
     features = features.detach().cpu()
@@ -62,7 +63,8 @@ def encode(features: Tensor, dtype: str, rows: np.ndarray) -> dict[str, np.ndarr
         quantised = (features / torch.where(scale > 0, scale, 1)[:, None]).round().clamp(-127, 127).to(torch.int8)
         return {"features": quantised.numpy(), "scale": scale.numpy()}
     kept = features.to(getattr(torch, dtype))
-    _refuse(~kept.isfinite().all(1), rows, dtype, "is too large")
+    if not all_finite(kept):
+        _refuse(~kept.isfinite().all(1), rows, dtype, "is too large")
     if dtype == "float16":
         lost = (kept.to(features.dtype) - features).norm(dim=1)
         _refuse(lost > _MAX_LOSS * features.norm(dim=1), rows, dtype, "has entries too small")

@@ -144,7 +144,7 @@ def growth(act: str, dim: str, copies: str) -> float:
 
 def benchmark_language_model(arguments: Any, console: Console) -> None:
     """Features of a causal LM of 135M parameters against forward and backward passes, and against training steps."""
-    batch, length, batches = 4, 128, 2
+    batch, length, batches = 4, 128, 6
     model, task, split = language_model(batch, length, batches)
     plain, ours = alternate(
         lambda: plain_epoch(model, task, split), lambda: features(model, task, split, arguments.dim), arguments.repeats
