@@ -139,7 +139,7 @@ class Retrainable(RecordedTraining):
         if subsets is None:
             subsets = Subsets.random(self._num_examples(), num_subsets, fraction, seed)
         request = Request(
-            query_dataset=one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query"),
+            query_dataset=self._query_rows(query_dataset),
             subsets=subsets,
             task=task,
             seeds=seeds,
@@ -242,14 +242,22 @@ class Retrainable(RecordedTraining):
         plan = make_plan(self, self._recipe, request)
         return run_plan(plan, workers, shard, trainer_tracker(self)), plan
 
+    def _train_rows(self, train_dataset: Any = None) -> Any:
+        """The training data that were passed, or the trainer's own."""
+        return _one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train")
+
+    def _query_rows(self, query_dataset: Any) -> Any:
+        """The queries that were passed, or the trainer's `eval_dataset`."""
+        return _one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query")
+
     def _num_examples(self) -> int:
-        return len(Split(one_dataset(self.train_dataset, "train"), self.data_collator))
+        return len(Split(self._train_rows(), self.data_collator))
 
     def _task(self) -> Task:
         return default_task(self)
 
 
-def one_dataset(dataset: Any, name: str) -> Any:
+def _one_dataset(dataset: Any, name: str) -> Any:
     """A dataset that is there.
 
     Args:

@@ -18,7 +18,7 @@ from hf_attribution.methods import Method, get_method
 from hf_attribution.part_scores import PartScores
 from hf_attribution.posing import Passes
 from hf_attribution.replay.run import RecordedRun
-from hf_attribution.retrainable import RECORDING_DIR, Retrainable, one_dataset
+from hf_attribution.retrainable import RECORDING_DIR, Retrainable
 from hf_attribution.retraining.plan import Workers
 from hf_attribution.scores import Scores
 from hf_attribution.tasks import Task
@@ -86,12 +86,12 @@ class AttributionMixin(Retrainable):
             own = self.recording_dir or Path(str(self.args.output_dir), RECORDING_DIR)
             settings["run"] = RecordedRun.open(recording if recording is not None else own, self)
             settings["checkpoints"] = [settings["run"].final_model()]
-        query = one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query")
+        query = self._query_rows(query_dataset)
         if settings["method"].needs_trainings:
             settings["train_masked"] = functools.partial(self._train_masked, query, task, recording, workers)
         return attribute(
             cast(nn.Module, self.model),
-            one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
+            self._train_rows(train_dataset),
             query,
             **settings,
         )
@@ -123,8 +123,8 @@ class AttributionMixin(Retrainable):
         """
         return attribute_dry_run(
             cast(nn.Module, self.model),
-            one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
-            one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query"),
+            self._train_rows(train_dataset),
+            self._query_rows(query_dataset),
             **self._attribution_settings(method, checkpoints, task, passes),
         )
 
@@ -160,8 +160,8 @@ class AttributionMixin(Retrainable):
         """
         return attribute_top(
             cast(nn.Module, self.model),
-            one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
-            one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query"),
+            self._train_rows(train_dataset),
+            self._query_rows(query_dataset),
             k=k,
             index=index,
             **self._attribution_settings(method, checkpoints, task, passes),
@@ -197,8 +197,8 @@ class AttributionMixin(Retrainable):
         """
         return attribute_parts(
             cast(nn.Module, self.model),
-            one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
-            one_dataset(query_dataset if query_dataset is not None else self.eval_dataset, "query"),
+            self._train_rows(train_dataset),
+            self._query_rows(query_dataset),
             granularity=granularity,
             **self._attribution_settings(method, checkpoints, task, passes),
         )
@@ -233,7 +233,7 @@ class AttributionMixin(Retrainable):
         """
         return self_influence(
             cast(nn.Module, self.model),
-            one_dataset(train_dataset if train_dataset is not None else self.train_dataset, "train"),
+            self._train_rows(train_dataset),
             **self._attribution_settings(method, checkpoints, task, passes),
         )
 
