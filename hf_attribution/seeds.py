@@ -3,6 +3,7 @@
 import contextlib
 import pickle
 import random
+from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -81,7 +82,8 @@ class RandomState(NamedTuple):
         return cls(
             torch.get_rng_state().numpy().copy(),
             device,
-            _bytes(np.array(words, np.uint32), np.array([np.nan if gauss is None else gauss])),
+            # by way of `array`, which takes a tuple of Python's integers five times as fast as NumPy
+            _bytes(np.frombuffer(array("I", words), np.uint32), np.array([np.nan if gauss is None else gauss])),
             _bytes(np.asarray(keys, np.uint32), np.array(rest, np.float64)),
         )
 

@@ -61,8 +61,13 @@ def flat_moments(
 
 def checksum(parameters: Sequence[Tensor]) -> int:
     """A checksum of tensors' bits, taken on their device: 63 bits."""
-    hashes = torch.stack([torch.hash_tensor(part.detach()).view(torch.int64) for part in parameters])
-    return xxhash.xxh3_64_intdigest(hashes.cpu().numpy().tobytes()) >> 1
+    parts = [part.detach() for part in parameters]
+    if parts[0].device.type != "cpu":
+        parts = [torch.stack([torch.hash_tensor(part).view(torch.int64) for part in parts]).cpu()]
+    found = xxhash.xxh3_64()
+    for part in parts:
+        found.update(part.contiguous().numpy())
+    return found.intdigest() >> 1
 
 
 def frozen_checksum(model: nn.Module, trained: Collection[str]) -> int:

@@ -86,6 +86,8 @@ class FlatModel:
         self, parameters: Tensor, batch: Batch, weights: Tensor, vectors: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Products by the forward-mode derivative of the gradient, all vectors at once."""
+        if len(vectors) == 1:  # nothing is shared, and then a second backward pass is the faster way
+            return self.double_backward(parameters, batch, weights, vectors)
 
         def weighted(point: Tensor) -> tuple[Tensor, Tensor]:
             losses = self.losses(point, batch)
