@@ -6,17 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import xxhash
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch import Tensor
 from transformers.utils import logging
 
-from hf_attribution.errors import MismatchError, UnsupportedError
-from hf_attribution.inputs import forward_arguments
+from hf_attribution.columns import hash_rows, is_arrow, is_transformed, plain, token_lengths
+from hf_attribution.errors import UnsupportedError
 from hf_attribution.processes import share
 from hf_attribution.seeds import derive_seed, random_state, seeded
 
@@ -25,8 +22,6 @@ logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
-
-_LABEL_COLUMNS = ("label", "label_ids", "labels")
 
 
 class Batch(NamedTuple):
@@ -258,7 +253,7 @@ class Split:
     @property
     def columns(self) -> list[str] | None:
         """The columns that the fingerprint is of; None where the dataset has none."""
-        return list(self.dataset.column_names or ()) or None if _is_arrow(self.dataset) else None
+        return list(self.dataset.column_names or ()) or None if is_arrow(self.dataset) else None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -268,9 +263,9 @@ class Split:
     def fingerprint_of_first(self, rows: int) -> str:
         """The fingerprint of a dataset of the first rows alone."""
         digest = xxhash.xxh3_128()
-        if _is_arrow(self.dataset):
-            _hash_arrow(self.dataset if rows == len(self) else self.dataset.select(range(rows)), digest)
-        if not _is_arrow(self.dataset) or _is_transformed(self.dataset):
+        if is_arrow(self.dataset):
+            hash_rows(self.dataset if rows == len(self) else self.dataset.select(range(rows)), digest)
+        if not is_arrow(self.dataset) or is_transformed(self.dataset):
             # A transform's code cannot be hashed; what it makes of the rows can.
             for index in range(rows):
                 with seeded(derive_seed(self.seed, index)):
@@ -301,117 +296,16 @@ class Split:
 
     @functools.cached_property
     def _lengths(self) -> np.ndarray | None:
-        return _lengths(self.dataset)
+        return token_lengths(self.dataset)
 
     def _drawn(self, index: int, seed: int | None = None) -> dict[str, Any]:
         with seeded(derive_seed(self.seed, index) if seed is None else seed):
             return dict(self.collator(self.rows([index])))
 
 
-def select_rows(dataset: Any, indices: np.ndarray) -> Any:
-    """Rows of any map-style dataset, as one."""
-    return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices.tolist())
-
-
 def runs_out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that the memory of a GPU, or of the machine, is used up."""
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
-
-
-def used_columns(dataset: Any, model: nn.Module) -> Any:
-    """A dataset with the columns that the model's `forward` takes and the labels, as `Trainer` keeps them.
-
-    Args:
-        dataset: A `datasets.Dataset`; anything else is returned as it is.
-        model: The model whose arguments decide.
-
-    Returns:
-        The dataset without its unused columns.
-
-    Raises:
-        ValueError: If no column but labels is left.
-    """
-    columns = getattr(dataset, "column_names", None)
-    if not columns or not hasattr(dataset, "remove_columns") or _is_transformed(dataset):
-        return dataset
-    known = {*forward_arguments(model), *_LABEL_COLUMNS}
-    unused = [name for name in columns if name not in known]
-    if all(name in (*unused, *_LABEL_COLUMNS) for name in columns):
-        raise ValueError(
-            f"None of the columns {', '.join(columns)} is an argument of {type(model).__name__}.forward "
-            f"({', '.join(forward_arguments(model))}): preprocess the dataset first (tokenize it, say), or, where the "
-            "collator does, set remove_unused_columns=False."
-        )
-    return dataset.remove_columns(unused)
-
-
-def check_same_columns(train: Any, query: Any) -> None:
-    """Refuse a query dataset that lacks columns of the training dataset.
-
-    Args:
-        train: The training dataset.
-        query: The query dataset.
-
-    Raises:
-        MismatchError: If the query dataset lacks one.
-    """
-    if not (_is_arrow(train) and _is_arrow(query)) or train.column_names is None or query.column_names is None:
-        return
-    missing = [name for name in train.column_names if name not in query.column_names]
-    if missing:
-        raise MismatchError(
-            f"The query dataset has no column {', '.join(missing)} (it has {', '.join(query.column_names)}): "
-            "preprocess it as the training dataset was."
-        )
-
-
-def _is_arrow(dataset: Any) -> bool:
-    return hasattr(dataset, "features") and hasattr(dataset, "with_format")
-
-
-def _is_transformed(dataset: Any) -> bool:
-    """Whether a function of the user's makes the rows. A stream has no format that would say so."""
-    return hasattr(dataset, "format") and dataset.format["type"] == "custom"
-
-
-def _hash_arrow(dataset: Any, digest: Any) -> None:
-    """Hash columns, types and values: how the table is chunked, sliced and indexed leaves no trace."""
-    digest.update(repr(sorted(dataset.features.items())).encode())
-    for table in dataset.with_format("arrow").iter(batch_size=1000):
-        for name in sorted(table.column_names):
-            _hash_array(table[name].combine_chunks(), digest)
-
-
-def _hash_array(array: pa.Array, digest: Any) -> None:
-    """Hash the values alone: arrow says nothing of what its buffers hold under nulls and outside of a slice."""
-    if isinstance(array, pa.ExtensionArray):
-        array = array.storage
-    digest.update(array.is_valid().to_numpy(zero_copy_only=False))
-    kind = array.type
-    if pa.types.is_struct(kind):
-        for field in array.flatten():
-            _hash_array(field, digest)
-        return
-    array = array.drop_null()
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        digest.update(pc.list_value_length(array).to_numpy())
-        _hash_array(array.flatten(), digest)
-    elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
-        digest.update(array.to_numpy(zero_copy_only=False))
-    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        digest.update(pc.binary_length(array).to_numpy())
-        digest.update(b"".join(array.to_pylist()))
-    else:
-        digest.update(repr(array.to_pylist()).encode())
-
-
-def _lengths(dataset: Any) -> np.ndarray | None:
-    if not _is_arrow(dataset) or "input_ids" not in dataset.column_names or _is_transformed(dataset):
-        return None
-    column = dataset.select_columns(["input_ids"]).with_format("arrow")
-    return np.concatenate(
-        [pc.list_value_length(table["input_ids"]).to_numpy() for table in column.iter(batch_size=10_000)]
-    )
 
 
 def _shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -426,16 +320,3 @@ def _stack(rows: list[tuple[int, dict[str, Any]]]) -> Batch:
 
 def _equal(left: Any, right: Any) -> bool:
     return pickle.dumps(plain(left)) == pickle.dumps(plain(right))
-
-
-def plain(value: Any) -> Any:
-    """Nested rows with arrays as their bytes, to be hashed: what tensors pickle is more than that."""
-    if isinstance(value, Tensor):
-        return (str(value.dtype), tuple(value.shape), value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    if isinstance(value, np.ndarray):
-        return (str(value.dtype), value.shape, value.tobytes())
-    if isinstance(value, Mapping):
-        return {key: plain(value[key]) for key in sorted(value)}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value.tobytes() if hasattr(value, "tobytes") else value

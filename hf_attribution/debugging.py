@@ -14,7 +14,8 @@ import datasets
 import numpy as np
 from torch import nn
 
-from hf_attribution.data import Split, used_columns
+from hf_attribution.columns import used_columns
+from hf_attribution.data import Split
 from hf_attribution.errors import MismatchError
 from hf_attribution.inputs import evaluating
 from hf_attribution.methods import Method

@@ -14,7 +14,8 @@ from scipy.optimize import nnls
 from torch import nn
 from typing_extensions import Unpack
 
-from hf_attribution.data import Batch, Split, select_rows
+from hf_attribution.columns import select_rows
+from hf_attribution.data import Batch, Split
 from hf_attribution.errors import UnsupportedError
 from hf_attribution.methods import Method, get_method
 from hf_attribution.posing import Setup, posed, working_folder

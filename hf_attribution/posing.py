@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from transformers import default_data_collator
 
 from hf_attribution.checkpoints import as_checkpoint
-from hf_attribution.data import Split, check_same_columns, used_columns
+from hf_attribution.columns import check_same_columns, used_columns
+from hf_attribution.data import Split
 from hf_attribution.ensemble import Ensemble
 from hf_attribution.errors import ProcessError, UnsupportedError
 from hf_attribution.problem import Checkpoint, Problem

@@ -7,8 +7,9 @@ from typing import Any, Literal, cast, overload
 import numpy as np
 from torch import nn
 
+from hf_attribution.columns import select_rows
 from hf_attribution.counterfactuals import Counterfactuals, Subsets
-from hf_attribution.data import Split, select_rows
+from hf_attribution.data import Split
 from hf_attribution.ensemble import Ensemble
 from hf_attribution.replay.training import RecordedTraining
 from hf_attribution.retraining import FollowUp, Recipe, Request, make_plan, run_plan

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import xxhash
 
-from hf_attribution.data import FIRST_ROWS, Batch, Collator, Split, plain
+from hf_attribution.columns import plain
+from hf_attribution.data import FIRST_ROWS, Batch, Collator, Split
 from hf_attribution.errors import MismatchError, UnsupportedError
 from hf_attribution.processes import share
 

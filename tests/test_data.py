@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import default_data_collator
 
-from hf_attribution.data import Batch, Split, check_same_columns, used_columns
+from hf_attribution.columns import check_same_columns, used_columns
+from hf_attribution.data import Batch, Split
 from hf_attribution.errors import MismatchError, UnsupportedError
 from hf_attribution.seeds import derive_seed, random_state, seeded
 

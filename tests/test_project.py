@@ -32,7 +32,7 @@ LAYERS = (
         "hub",
     ),
     ("tuning", "estimation", "splits", "preprocessing", "blocks"),
-    ("inputs", "copies", "adapters", "weights", "logits", "tasks", "data", "streams", "optimizer_states"),
+    ("inputs", "copies", "adapters", "weights", "logits", "tasks", "columns", "data", "streams", "optimizer_states"),
     ("numbered", "store"),
     ("gradients",),
     ("curvature",),

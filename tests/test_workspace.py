@@ -41,7 +41,8 @@ def reviews(tmp_path_factory):
 
 
 def batch_of(workspace, split="train"):
-    from hf_attribution.data import Split, used_columns
+    from hf_attribution.columns import used_columns
+    from hf_attribution.data import Split
 
     model = workspace.model if workspace.model is not None else workspace.model_init()
     return model, Split(used_columns(getattr(workspace, split), model), workspace.data_collator, 4).probe().inputs

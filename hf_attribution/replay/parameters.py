@@ -66,7 +66,7 @@ def checksum(parameters: Sequence[Tensor]) -> int:
         parts = [torch.stack([torch.hash_tensor(part).view(torch.int64) for part in parts]).cpu()]
     found = xxhash.xxh3_64()
     for part in parts:
-        found.update(part.contiguous().numpy())
+        found.update(part.contiguous().numpy().data)
     return found.intdigest() >> 1
 
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from hf_attribution.data import Split, used_columns
+from hf_attribution.columns import used_columns
+from hf_attribution.data import Split
 from hf_attribution.numbered import ROW, STATE, NumberedCollator, NumberedRows
 from hf_attribution.replay.checks import check_recordable
 from hf_attribution.replay.recorder import Recorder

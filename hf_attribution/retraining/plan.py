@@ -14,8 +14,9 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_attribution.artefacts import fingerprint
+from hf_attribution.columns import check_same_columns, used_columns
 from hf_attribution.counterfactuals import Subsets
-from hf_attribution.data import Batch, Split, check_same_columns, used_columns
+from hf_attribution.data import Batch, Split
 from hf_attribution.errors import MismatchError, UnsupportedError
 from hf_attribution.inputs import unwrap, weights_fingerprint
 from hf_attribution.provenance import hub_sources

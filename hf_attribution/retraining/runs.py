@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from hf_attribution.data import select_rows
+from hf_attribution.columns import select_rows
 from hf_attribution.retraining.arguments import run_arguments
 from hf_attribution.retraining.measuring import measured
 from hf_attribution.retraining.plan import Plan

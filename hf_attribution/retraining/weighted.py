@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_attribution.data import select_rows
+from hf_attribution.columns import select_rows
 from hf_attribution.numbered import ROW, STATE, NumberedCollator, NumberedRows
 from hf_attribution.replay.training import training_split
 from hf_attribution.tasks import Task, TokenPrediction

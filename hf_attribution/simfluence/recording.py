@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_attribution.data import Batch, Collator, Split, used_columns
+from hf_attribution.columns import used_columns
+from hf_attribution.data import Batch, Collator, Split
 from hf_attribution.errors import UnsupportedError
 from hf_attribution.retraining.measuring import measured
 from hf_attribution.simfluence.curves import LossCurves, LossRun

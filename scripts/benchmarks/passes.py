@@ -23,7 +23,8 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator
 
 from benchmarks.memory import Peak
-from hf_attribution.data import Split, used_columns
+from hf_attribution.columns import used_columns
+from hf_attribution.data import Split
 from hf_attribution.demo.acts import ACTS
 from hf_attribution.gradients.features import compute_features
 from hf_attribution.gradients.per_example import PerExampleGradients

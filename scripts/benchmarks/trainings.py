@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments, get_linear_schedule_with_wa
 
 import unrolled
 from hf_attribution import AttributionTrainer
-from hf_attribution.data import used_columns
+from hf_attribution.columns import used_columns
 from hf_attribution.demo.acts import ACTS
 
 EPOCHS, BATCH, RATE, AT_ONCE = 10, 64, 5e-3, 4
