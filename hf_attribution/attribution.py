@@ -63,7 +63,8 @@ def attribute(
             independently trained models, or the checkpoints of a run. A method averages over them.
         batch_size: Rows in a batch. It does not change the scores. Where memory runs out, halves are tried.
         batch_tokens: Tokens in a batch, padding included, instead of `batch_size`: for texts of different lengths.
-        cache_dir: Where projected gradients are kept and found again; by default they are deleted at the end.
+        cache_dir: Where projected gradients and fitted curvature are kept and found again, and from where a call that
+            was killed goes on; by default they are deleted at the end.
         remove_unused_columns: Drop columns that the model's `forward` does not take, as the Trainer does.
         progress: Whether to show progress bars.
         store_dtype: The number format that projected gradients are kept in: `"float32"`, `"float16"`, `"bfloat16"` or

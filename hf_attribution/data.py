@@ -2,7 +2,7 @@
 
 import functools
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -81,7 +81,7 @@ class Split:
 
     streamed: ClassVar[bool] = False
     batch_tokens: int | None = None
-    _most_rows: int | None = None
+    most_rows: int | None = None  # that fit in memory at once, where more have not
 
     def __init__(
         self,
@@ -123,7 +123,11 @@ class Split:
         return [self.dataset[index] for index in indices]
 
     def batches(
-        self, skip: np.ndarray | None = None, only: np.ndarray | None = None, shared: bool = False
+        self,
+        skip: np.ndarray | None = None,
+        only: np.ndarray | None = None,
+        shared: bool = False,
+        without: Container[int] = (),
     ) -> Iterator[Batch]:
         """Batches that hold every row exactly once.
 
@@ -133,17 +137,19 @@ class Split:
             only: Rows to make batches of, `[N]` bool; all by default.
             shared: Whether the processes of a launch share the pass, so that each yields some of the batches: the same
                 ones that one process would yield.
+            without: Which of the batches that this process would yield it leaves out, by their numbers from 0 on.
 
         Yields:
             Row indices and inputs.
         """
         order = self._order if only is None else self._order[only[self._order]]
-        part = share if shared else iter
         if self.draws_random_numbers:
             drawn = self._drawn_batches(order)
-            yield from part(batch for batch in drawn if skip is None or not skip[batch.indices].all())
+            needed = (batch for batch in drawn if skip is None or not skip[batch.indices].all())
+            yield from share_without(needed, shared, without)
         else:
-            for indices in part(chunk for chunk in self._row_chunks(order) if skip is None or not skip[chunk].all()):
+            chunks = (chunk for chunk in self._row_chunks(order) if skip is None or not skip[chunk].all())
+            for indices in share_without(chunks, shared, without):
                 yield Batch(torch.from_numpy(indices), dict(self.collator(self._read(indices.tolist()))))
 
     def in_parts(self, function: Callable[[Batch], T], batch: Batch) -> list[T]:
@@ -163,7 +169,7 @@ class Split:
         """
         found: list[T] = []
         start, total = 0, len(batch.indices)
-        rows = min(total, self._most_rows or total)
+        rows = min(total, self.most_rows or total)
         while start < total:
             part = batch.part(slice(start, start + rows))
             try:
@@ -180,7 +186,7 @@ class Split:
                     ) from error
             # Not in the handler: its traceback holds the tensors that are in the way.
             clear_device_cache(garbage_collection=True)
-            rows = self._most_rows = (rows + 1) // 2
+            rows = self.most_rows = (rows + 1) // 2
             logger.warning(f"Out of memory: going on with batches of at most {rows} {self.name} rows.")
         return found
 
@@ -301,6 +307,11 @@ class Split:
     def _drawn(self, index: int, seed: int | None = None) -> dict[str, Any]:
         with seeded(derive_seed(self.seed, index) if seed is None else seed):
             return dict(self.collator(self.rows([index])))
+
+
+def share_without(items: Iterable[T], shared: bool, without: Container[int]) -> Iterator[T]:
+    """This process's share of a pass, or all of it, without what has these numbers in it."""
+    return (item for number, item in enumerate(share(items) if shared else items) if number not in without)
 
 
 def runs_out_of_memory(error: RuntimeError) -> bool:

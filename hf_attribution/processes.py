@@ -35,6 +35,11 @@ def is_main() -> bool:
     return _team is None or _team.rank == 0
 
 
+def rank() -> int:
+    """The number of this process among those that share the work: 0 outside of `sharing`."""
+    return _team.rank if _team is not None else 0
+
+
 def share(items: Iterable[T]) -> Iterator[T]:
     """This process's share of a pass.
 

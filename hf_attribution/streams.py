@@ -2,7 +2,7 @@
 
 import itertools
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
@@ -10,9 +10,8 @@ import torch
 import xxhash
 
 from hf_attribution.columns import plain
-from hf_attribution.data import FIRST_ROWS, Batch, Collator, Split
+from hf_attribution.data import FIRST_ROWS, Batch, Collator, Split, share_without
 from hf_attribution.errors import MismatchError, UnsupportedError
-from hf_attribution.processes import share
 
 
 class StreamSplit(Split):
@@ -83,7 +82,11 @@ class StreamSplit(Split):
             self._refuse("Reading rows by their positions")
 
     def batches(
-        self, skip: np.ndarray | None = None, only: np.ndarray | None = None, shared: bool = False
+        self,
+        skip: np.ndarray | None = None,
+        only: np.ndarray | None = None,
+        shared: bool = False,
+        without: Container[int] = (),
     ) -> Iterator[Batch]:
         """Batches that hold every row exactly once, in the order of the stream.
 
@@ -91,18 +94,19 @@ class StreamSplit(Split):
             skip: Rows that are not needed, of as many as are known. Batches of such rows alone are left out.
             only: Refused.
             shared: Whether the processes of a launch share the pass. Each reads the whole stream.
+            without: Which of the batches that this process would yield it leaves out, by their numbers from 0 on.
 
         Yields:
             Row indices and inputs.
         """
         if only is not None:
             self._refuse("Choosing rows")
-        part = share if shared else iter
         chunks = (chunk for chunk in self._chunks() if not _all_marked(skip, chunk))
         if self.draws_random_numbers:
-            yield from part(batch for chunk in chunks for batch in self._drawn_batches(self._take(chunk)))
+            drawn = (batch for chunk in chunks for batch in self._drawn_batches(self._take(chunk)))
+            yield from share_without(drawn, shared, without)
         else:
-            for chunk in part(chunks):
+            for chunk in share_without(chunks, shared, without):
                 rows = [dict(row) if isinstance(row, dict) else row for row in chunk.values()]
                 yield Batch(torch.tensor(list(chunk)), dict(self.collator(rows)))
 

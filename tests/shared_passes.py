@@ -25,10 +25,12 @@ from hf_attribution import (
     attribute_dry_run,
     attribute_parts,
     attribute_top,
+    bookmark,
     dry_run,
     self_influence,
     team,
 )
+from hf_attribution.curvature import fitting
 from hf_attribution.errors import ProcessError
 from hf_attribution.gradients import products
 from hf_attribution.methods import METHODS, get_method
@@ -232,15 +234,17 @@ def lives(folder):
         whole.mkdir(), parts.mkdir()
         assert launch(size, live, whole, 10**9) == [0] * size
         random.seed(size)
-        deaths = 0
-        while any(launch(size, mortal, parts, random.randrange(20, 200 + 40 * deaths))):
+        deaths, left = 0, set()
+        while any(launch(size, mortal, parts, 50 + 25 * deaths + random.randrange(25))):
             deaths += 1
-        (parts / "deaths.txt").write_text(str(deaths))
+            left |= {path.name.split("-")[-1] for path in (parts / "cache" / "unfinished").glob("ekfac-*")}
+        (parts / "deaths.json").write_text(json.dumps([deaths, sorted(left)]))
 
 
 def mortal(folder, lifetime):
     """A life in which the second process, or the only one, dies early."""
     team.HEARTBEAT, team.LOOK, team.SILENCE = 0.2, 0.2, 2.0
+    bookmark.EVERY_SECONDS, bookmark.SHARE, fitting.KEPT_BYTES = 0, 1, 0
     last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     live(folder, lifetime if last else 10**9)
 

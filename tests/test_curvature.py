@@ -12,8 +12,9 @@ from tiny import PointsConfig, PointsForSequenceClassification, normal_points
 
 from hf_attribution import DataInf, Diagonal, EKFac, KFac, attribute
 from hf_attribution.attribution import self_influence
-from hf_attribution.curvature import blocks, factors, kronecker
-from hf_attribution.curvature.kronecker import KroneckerCurvature, fit_curvature
+from hf_attribution.curvature import blocks, factors, fitting
+from hf_attribution.curvature.fitting import fit_curvature
+from hf_attribution.curvature.kronecker import KroneckerCurvature
 from hf_attribution.curvature.rows import CurvatureRows
 from hf_attribution.data import Split
 from hf_attribution.errors import ArtefactError, NonFiniteError, UnsupportedError
@@ -337,17 +338,18 @@ def test_what_the_second_pass_need_not_compute_again_changes_nothing(network, mo
     passes = []
     network = copy.deepcopy(network)
     network.register_forward_hook(lambda module, args, output: passes.append(len(output.logits)))
-    found = {}
-    for kept in (0, 1300, 2**20):  # of the five batches: none, some, all
-        monkeypatch.setattr(kronecker, "KEPT_BYTES", kept)
+    each = 1 if curvature == "true_fisher" else 3  # rows of an example
+    some_bytes, found = 1300 * each, {}
+    for kept in (0, some_bytes, 2**20):  # of the five batches: none, some, all
+        monkeypatch.setattr(fitting, "KEPT_BYTES", kept)
         passes.clear()
         curved = fit(network, TRAIN, "ekfac", curvature, Classification(), 5)
         found[kept] = [s.eigenvalues for s in curved.spectra], sum(passes)
-    for some, _ in (found[1300], found[2**20]):
+    for some, _ in (found[some_bytes], found[2**20]):
         for one, other in zip(found[0][0], some, strict=True):
-            torch.testing.assert_close(one, other)
-    saved = [found[0][1] - found[kept][1] for kept in (1300, 2**20)]
-    assert 0 < saved[0] < saved[1] == N if curvature == "true_fisher" else saved == [0, 0]
+            assert torch.equal(one, other)
+    saved = [found[0][1] - found[kept][1] for kept in (some_bytes, 2**20)]
+    assert 0 < saved[0] < saved[1] == N * each
 
 
 def test_what_is_drawn_depends_on_the_seed_alone(network):

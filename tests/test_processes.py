@@ -55,7 +55,10 @@ def test_killed_at_any_point_it_resumes_to_the_same_bits(tmp_path):
     run("lives", tmp_path)
     for size in (1, 2):
         whole, parts = tmp_path / f"{size}-whole", tmp_path / f"{size}-parts"
-        assert int((parts / "deaths.txt").read_text()) >= 3
+        deaths, left = json.loads((parts / "deaths.json").read_text())
+        assert deaths >= 3
+        assert left[:size] == [f"{process}.safetensors" for process in range(size)]
+        assert not list((parts / "cache" / "unfinished").iterdir())
         for process in range(size):
             expected, found = np.load(whole / f"{process}.npz"), np.load(parts / f"{process}.npz")
             for name in expected:

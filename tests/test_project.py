@@ -19,6 +19,7 @@ LAYERS = (
     # Artefacts push themselves, and say what they are worth.
     (
         "artefacts",
+        "bookmark",
         "rows",
         "provenance",
         "notebook",

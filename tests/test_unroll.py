@@ -16,6 +16,7 @@ from tiny import arguments, make_trainer, model, points
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, default_data_collator
 
+from hf_attribution import bookmark
 from hf_attribution.artefacts import read_artefact, write_artefact
 from hf_attribution.attribution import attribute
 from hf_attribution.counterfactuals import Counterfactuals, Subsets
@@ -23,7 +24,7 @@ from hf_attribution.errors import ArtefactError, MismatchError, UnsupportedError
 from hf_attribution.evaluation import evaluate_lds
 from hf_attribution.methods import SmoothedUnroll, Unroll, smoothed_unroll
 from hf_attribution.numbered import ROW
-from hf_attribution.replay import bookmark, recorder
+from hf_attribution.replay import recorder
 from hf_attribution.replay.diagnostics import random_removal
 from hf_attribution.replay.recording import Recording
 from hf_attribution.replay.run import RecordedRun, Replay
@@ -171,15 +172,15 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from test_unroll import reopened
-from hf_attribution.replay import bookmark
+from hf_attribution import bookmark
 from hf_attribution.replay.sweep import Differentiable
 
-def put_and_die(self, work, put=bookmark.Bookmark.put, count=iter(range(10**6))):
-    put(self, work)
+def put_and_die(self, standing, put=bookmark.Bookmark.put, count=iter(range(10**6))):
+    put(self, standing)
     if next(count) == 24:
         os.kill(os.getpid(), signal.SIGKILL)
 
-bookmark._EVERY_SECONDS, bookmark._SHARE = 0, 1
+bookmark.EVERY_SECONDS, bookmark.SHARE = 0, 1
 bookmark.Bookmark.put = put_and_die
 Differentiable.fitting_block = lambda self: 3
 reopened(None, {folder!r}, {recording!r}, cache_dir={folder!r} + "/cache")
@@ -195,13 +196,13 @@ def test_a_killed_sweep_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (file,) = (tmp_path / "cache" / "unfinished").iterdir()
 
-    monkeypatch.setattr(bookmark, "_EVERY_SECONDS", 0)
-    monkeypatch.setattr(bookmark, "_SHARE", 1)
+    monkeypatch.setattr(bookmark, "EVERY_SECONDS", 0)
+    monkeypatch.setattr(bookmark, "SHARE", 1)
     put, steps = bookmark.Bookmark.put, []
 
-    def put_and_stop(self, work):
-        put(self, work)
-        steps.append(work.standing.step)
+    def put_and_stop(self, standing):
+        put(self, standing)
+        steps.append(standing()[1]["step"])
         if len(steps) == 20:
             raise KeyboardInterrupt
 
@@ -220,7 +221,7 @@ def test_a_killed_sweep_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch
 
 
 def test_a_bookmark_of_another_sweep_or_that_is_damaged_is_not_read(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(bookmark, "_EVERY_SECONDS", 0)
+    monkeypatch.setattr(bookmark, "EVERY_SECONDS", 0)
     monkeypatch.setattr(bookmark.Bookmark, "remove", lambda self: None)
     whole = reopened(finished, tmp_path, cache_dir=tmp_path / "cache")
     (file,) = (tmp_path / "cache" / "unfinished").iterdir()

@@ -8,26 +8,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from hf_attribution.artefacts import Artefact
-from hf_attribution.curvature.blocks import Block, Side, make_blocks, quadratic_forms, scaled, sum_of_squares
-from hf_attribution.curvature.factors import FactorSums
-from hf_attribution.curvature.rows import CurvatureRows
-from hf_attribution.errors import NonFiniteError
+from hf_attribution.curvature.blocks import Block, Side, quadratic_forms, scaled
 from hf_attribution.gradients.per_example import Gradients
 from hf_attribution.gradients.terms import Dense, Term
-from hf_attribution.processes import add_up, is_main
 from hf_attribution.seals import plain_json
 
 if TYPE_CHECKING:
     import datasets
-
-# Bytes of the gradients' factors that EK-FAC's first pass may keep for its second one: less than scoring takes.
-KEPT_BYTES = 3 * 2**25
-
-KINDS = ("diagonal", "kfac", "ekfac")
 
 
 @dataclass(frozen=True)
@@ -157,11 +147,11 @@ class KroneckerCurvature(Artefact):
         spectra = []
         for number, (name, parameters, shape, kind, transposed, runs) in enumerate(metadata["blocks"]):
             left, right = (
-                Side(size, tuple(torch.from_numpy(arrays[f"{number}.{side}.{run}"]) for run in range(count)))
+                Side(size, tuple(_tensor(arrays, f"{number}.{side}.{run}") for run in range(count)))
                 for side, size, count in zip(("left", "right"), shape, runs, strict=True)
             )
             block = Block(name, tuple(parameters), (shape[0], shape[1]), kind, transposed)
-            spectra.append(BlockSpectrum(block, left, right, torch.from_numpy(arrays[f"{number}.eigenvalues"])))
+            spectra.append(BlockSpectrum(block, left, right, _tensor(arrays, f"{number}.eigenvalues")))
         return cls(tuple(spectra), metadata["num_examples"], metadata["provenance"])
 
 
@@ -205,122 +195,6 @@ class KroneckerInverse:
         return total
 
 
-def fit_curvature(
-    model: nn.Module, rows: CurvatureRows, kind: str, provenance: dict[str, Any] | None = None, progress: bool = True
-) -> KroneckerCurvature:
-    """Fit a curvature matrix to its rows, in one pass over the training data, for EK-FAC in two.
-
-    Args:
-        model: The model.
-        rows: Its rows.
-        kind: `"diagonal"`; `"kfac"`, the Kronecker product of two factors (Martens & Grosse 2015); `"ekfac"`, the
-            same eigenvectors with the eigenvalues that fit best, the squared entries of the gradients in that basis
-            (George et al. 2018). Tables are diagonal in their entries; parameters other than the weights and biases
-            of linear layers, convolutions and embeddings are diagonal throughout.
-        provenance: What to record.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The curvature.
-
-    Raises:
-        NonFiniteError: If a gradient is NaN or infinite; the message names the row and the parameter.
-    """
-    parameters = rows.gradients[0].parameters
-    blocks = make_blocks(model, rows.probe(), parameters)
-    spectra = [BlockSpectrum(b, Side(b.shape[0]), Side(b.shape[1]), _zeros(b, parameters)) for b in blocks]
-    kept = _Kept(np.zeros(len(rows.split), dtype=bool))
-    if kind != "diagonal":
-        spectra = _find_bases(rows, spectra, kept if kind == "ekfac" and rows.one_each else None, progress)
-    if kind != "kfac":
-        fixed = {"vector"} if kind == "ekfac" else set()
-        _refit(rows, [s for s in spectra if s.block.kind not in fixed], kept, progress)
-    for spectrum in spectra:
-        if not spectrum.eigenvalues.isfinite().all():
-            rows.refuse_non_finite()
-            raise NonFiniteError(f"The curvature of {spectrum.block.name} is infinite: its gradients are too large.")
-    return KroneckerCurvature(tuple(spectra), len(rows.split), provenance or {})
-
-
-@dataclass
-class _Kept:
-    """The matrices of EK-FAC's first pass that the second one need not compute again.
-
-    Args:
-        examples: The examples that they are of, `[N]` bool.
-        batches: Terms by block, of each batch.
-        num_bytes: Their memory.
-    """
-
-    examples: np.ndarray
-    batches: list[dict[str, list[Term]]] = field(default_factory=list)
-    num_bytes: int = 0
-
-    def offer(self, indices: Tensor, matrices: dict[str, list[Term]]) -> None:
-        """Keep a batch if it fits."""
-        tensors = (v for terms in matrices.values() for term in terms for v in vars(term).values())
-        more = sum(v.nbytes for v in tensors if isinstance(v, Tensor))
-        if self.num_bytes + more <= KEPT_BYTES:
-            self.batches.append(matrices)
-            self.examples[indices.numpy()] = True
-            self.num_bytes += more
-
-
-def _find_bases(
-    rows: CurvatureRows, spectra: list[BlockSpectrum], kept: _Kept | None, progress: bool
-) -> list[BlockSpectrum]:
-    """Eigenvectors and K-FAC's eigenvalues of all blocks but vectors, of which the diagonal is summed up."""
-    sums = {s.block.name: FactorSums(s.block, s.eigenvalues) for s in spectra if s.block.kind != "vector"}
-    for gradients in tqdm(rows, desc="Kronecker factors", leave=False, disable=not progress):
-        matrices: dict[str, list[Term]] = {}
-        for spectrum in spectra:
-            terms = spectrum.block.matrices(gradients.terms)
-            if terms and spectrum.block.name in sums:
-                sums[spectrum.block.name].add(terms)
-                matrices[spectrum.block.name] = terms if kept else []
-            elif terms:
-                spectrum.eigenvalues.add_(sum_of_squares(terms, spectrum.left, spectrum.right))
-        gradients.terms.clear()  # before the next batch needs memory for its own
-        if kept:
-            kept.offer(gradients.indices, matrices)
-    diagonal = [spectrum.eigenvalues for spectrum in spectra if spectrum.block.name not in sums]
-    add_up(*diagonal, *(tensor for total in sums.values() for tensor in total.tensors()))
-    return [BlockSpectrum(s.block, *_bases(sums.pop(s.block.name))) if s.block.name in sums else s for s in spectra]
-
-
-def _refit(rows: CurvatureRows, spectra: list[BlockSpectrum], kept: _Kept, progress: bool) -> None:
-    """Replace eigenvalues by the sums of the gradients' squared entries in the basis."""
-    for spectrum in spectra:
-        spectrum.eigenvalues.zero_()
-    of_all = kept.examples.astype(np.int32)
-    add_up(of_all)
-    remaining = rows.batches(of_all > 0, shared=True)
-    while kept.batches:
-        matrices = kept.batches.pop(0)
-        for spectrum in spectra:
-            if terms := matrices.get(spectrum.block.name):
-                spectrum.eigenvalues.add_(sum_of_squares(terms, spectrum.left, spectrum.right))
-    for gradients in tqdm(remaining, desc="eigenvalues", leave=False, disable=not progress):
-        for spectrum in spectra:
-            if terms := spectrum.block.matrices(gradients.terms):
-                spectrum.eigenvalues.add_(sum_of_squares(terms, spectrum.left, spectrum.right))
-        gradients.terms.clear()
-    add_up(*(spectrum.eigenvalues for spectrum in spectra))
-
-
-def _bases(sums: FactorSums) -> tuple[Side, Side, Tensor]:
-    """The bases of one block, the main process's: of equal eigenvalues another machine may choose other vectors."""
-    left, right, eigenvalues = sums.bases()
-    parts = [part.contiguous() for part in (*left.vectors, *right.vectors, eigenvalues)]
-    if not is_main():
-        for part in parts:
-            part.zero_()
-    add_up(*parts)
-    lefts, rights = parts[: len(left.vectors)], parts[len(left.vectors) : -1]
-    return Side(left.size, tuple(lefts)), Side(right.size, tuple(rights)), parts[-1]
-
-
-def _zeros(block: Block, parameters: Mapping[str, Tensor]) -> Tensor:
-    parameter = parameters[block.parameters[0]]
-    wide = torch.float32 if parameter.dtype in (torch.float16, torch.bfloat16) else parameter.dtype
-    return torch.zeros(block.shape, dtype=wide, device=parameter.device)
+def _tensor(arrays: dict[str, np.ndarray], name: str) -> Tensor:
+    """An array as a tensor in memory of torch, since the last bits of products depend on where their factors lie."""
+    return torch.from_numpy(arrays.pop(name)).clone()

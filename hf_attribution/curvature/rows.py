@@ -1,9 +1,9 @@
 """The gradients of which a curvature matrix is the sum of outer products, `H = Σ_r row rowᵀ`, batch by batch."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Container, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -63,20 +63,21 @@ class CurvatureRows:
             functions = [functools.partial(output, number) for number in range(count)]
         self.gradients = [PerExampleGradients(model, function, probe, modules) for function in functions]
 
-    @property
-    def one_each(self) -> bool:
-        """Whether every example has one row, so that a pass comes by it once."""
-        return len(self.gradients) == 1
-
     def __iter__(self) -> Iterator[Gradients]:
-        return self.batches(shared=True)
+        return itertools.chain.from_iterable(self.by_batch())
 
-    def batches(self, skip: np.ndarray | None = None, shared: bool = False) -> Iterator[Gradients]:
-        """The rows, or this process's share of them, without batches of skipped examples `[N]` alone."""
-        for batch in self.split.batches(skip, shared=shared):
-            prepared = self._prepared(batch)
-            for gradients in self.gradients:
-                yield from self.split.in_parts(gradients, prepared)
+    def by_batch(self, without: Container[int] = (), shared: bool = True) -> Iterator[Iterator[Gradients]]:
+        """The rows of one batch of examples after the other, which are computed as they are asked for.
+
+        Args:
+            without: Batches that are left out, by their numbers from 0 on.
+            shared: Whether these are this process's share of the rows, or all.
+
+        Yields:
+            The rows of a batch, in one or several parts.
+        """
+        for batch in self.split.batches(shared=shared, without=without):
+            yield self._rows_of(self._prepared(batch))
 
     def probe(self) -> Gradients:
         """The rows of two examples."""
@@ -84,10 +85,14 @@ class CurvatureRows:
 
     def refuse_non_finite(self) -> None:
         """Find the first example whose gradient is NaN, infinite or too long, and refuse it by row and parameter."""
-        for gradients in self.batches(shared=False):
+        for gradients in itertools.chain.from_iterable(self.by_batch(shared=False)):
             for name, terms in gradients.terms.items():
                 what = f"The squared length of the gradient of {name}"
                 refuse_non_finite(squared_norms(terms), gradients.indices, what)
+
+    def _rows_of(self, batch: Batch) -> Iterator[Gradients]:
+        for gradients in self.gradients:
+            yield from self.split.in_parts(gradients, batch)
 
     def _prepared(self, batch: Batch) -> Batch:
         batch = batch.to(self.device)

@@ -12,8 +12,10 @@ from torch import nn
 
 from hf_attribution.artefacts import fingerprint
 from hf_attribution.curvature.damping import layer_ridges
-from hf_attribution.curvature.kronecker import KroneckerCurvature, fit_curvature
+from hf_attribution.curvature.fitting import fit_curvature
+from hf_attribution.curvature.kronecker import KroneckerCurvature
 from hf_attribution.curvature.parts import Layout
+from hf_attribution.curvature.passes import forget
 from hf_attribution.curvature.rows import CURVATURES, CurvatureRows
 from hf_attribution.gradients.directions import Preconditioner, block_size, directional_products, self_products
 from hf_attribution.gradients.held import Source
@@ -132,7 +134,19 @@ class Kronecker(Preconditioned):
             raise ValueError(f"curvature must be one of {', '.join(CURVATURES)}, not {self.curvature}.")
 
     def fit(self, problem: Problem, model: nn.Module, number: int) -> tuple[Preconditioner, dict[str, Any]]:
-        """The inverse of the curvature of one model, which is kept in the problem's `cache_dir`."""
+        """The inverse of the curvature of one model, which is kept in the problem's `cache_dir`.
+
+        With a `cache_dir` that outlasts the call, a fit that is killed goes on from where it stood a minute before, or
+        so, to the same bits, in the same batches and as many processes; others begin again.
+
+        Args:
+            problem: Model, task and data.
+            model: The model of one checkpoint.
+            number: Its number.
+
+        Returns:
+            P, and what was chosen.
+        """
         modules = self.modules_of(model)
         curvature = self._curvature(problem, model, modules, self.seed + number)
         units = curvature.units if self.per_layer else dict.fromkeys(curvature.units, curvature.unit)
@@ -160,7 +174,13 @@ class Kronecker(Preconditioned):
         if from_main(path.exists):
             return KroneckerCurvature.load(path)
         rows = CurvatureRows(model, problem.task, problem.train, self.curvature, modules, seed)
+        unfinished = problem.cache_dir / "unfinished" / path.stem if problem.outlasting else None
         with torch.no_grad():
-            found = fit_curvature(model, rows, self.name, settings, problem.progress)
-        from_main(lambda: found.save(path))
+            found = fit_curvature(model, rows, self.name, settings, problem.progress, unfinished)
+
+        def keep() -> None:
+            found.save(path)
+            forget(unfinished)
+
+        from_main(keep)
         return found

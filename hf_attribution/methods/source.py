@@ -1,7 +1,9 @@
 """SOURCE: unrolled differentiation of training, approximated by a few stretches of constant curvature."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+import itertools
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,8 +13,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_attribution.curvature.elementwise import multiplied
+from hf_attribution.curvature.fitting import fit_curvature
 from hf_attribution.curvature.flat import MAX_BYTES, dual_bytes, fit_dual, fit_flat
-from hf_attribution.curvature.kronecker import BlockSpectrum, fit_curvature
+from hf_attribution.curvature.kronecker import BlockSpectrum
 from hf_attribution.curvature.rows import CURVATURES, CurvatureRows
 from hf_attribution.curvature.segments import Segment, block_matrix
 from hf_attribution.gradients.directions import block_products, gradient_blocks
@@ -239,19 +242,15 @@ class _MeanRows(CurvatureRows):
         self.part = part
         self.moments = rank_one(part.roots) if part.roots and method.solver == "ekfac" else None
 
-    @property
-    def one_each(self) -> bool:
-        """No: there is one for each checkpoint."""
-        return False
-
-    def batches(self, skip: np.ndarray | None = None, shared: bool = False) -> Iterator[Gradients]:
-        """The rows of one checkpoint after the other."""
-        method, problem = self.part.method, self.part.problem
-        for (model, _), share, number in zip(problem.models(), self.part.shares, self.part.numbers, strict=True):
-            modules, seed = method.modules_of(model), method.seed + int(number)
+    def by_batch(self, without: Container[int] = (), shared: bool = True) -> Iterator[Iterator[Gradients]]:
+        """The batches of one checkpoint after the other; their numbers go on from checkpoint to checkpoint."""
+        method, problem, numbers = self.part.method, self.part.problem, itertools.count()
+        for (model, _), share, checkpoint in zip(problem.models(), self.part.shares, self.part.numbers, strict=True):
+            modules, seed = method.modules_of(model), method.seed + int(checkpoint)
             rows = CurvatureRows(model, problem.task, problem.train, method.curvature, modules, seed)
-            for gradients in rows.batches(skip, shared):
-                yield self._transformed(gradients, share)
+            for batch, number in zip(rows.by_batch(shared=shared), numbers, strict=False):
+                if number not in without:
+                    yield map(functools.partial(self._transformed, share=share), batch)
 
     def probe(self) -> Gradients:
         """The rows of two examples."""

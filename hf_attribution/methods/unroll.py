@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_attribution.artefacts import fingerprint
+from hf_attribution.bookmark import Bookmark
 from hf_attribution.copies import own_copy
 from hf_attribution.curvature.operators import stacked
 from hf_attribution.evaluation import read_groups
@@ -19,11 +20,11 @@ from hf_attribution.gradients.held import Source
 from hf_attribution.inputs import evaluating
 from hf_attribution.methods.base import Method, Scored
 from hf_attribution.problem import Problem
-from hf_attribution.replay.bookmark import Bookmark, Unfinished
 from hf_attribution.replay.diagnostics import adam_is_rough, linearity, random_removal
 from hf_attribution.replay.recording import Recording
 from hf_attribution.replay.storage import STORAGES
 from hf_attribution.replay.sweep import Differentiable
+from hf_attribution.replay.unfinished import Unfinished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +188,10 @@ class Unroll(Method):
         """Scores `[Q, N]`, by cotangents of the queries."""
         rows, end = self.shape(problem)[0], len(prepared.run.recording)
         storage = prepared.fitting_storage(weights) if self.storage == "auto" else self.storage
-        bookmark = Bookmark(self._bookmark_path(problem))
-        work = bookmark.read(prepared.final())
-        if work is None:
+        bookmark = Bookmark(self._bookmark_path(problem), "unfinished sweep")
+        if found := bookmark.read():
+            work = Unfinished.unpack(*found, like=prepared.final())
+        else:
             block = min(rows, prepared.fitting_block())
             chunk = prepared.fastest_chunk(block) if self.chunk == "auto" else int(self.chunk)
             work = Unfinished(block, chunk, torch.zeros(rows, len(problem.train)))
@@ -201,13 +203,14 @@ class Unroll(Method):
             work.standing = standing = work.standing or prepared.start(targets)
             for _ in prepared.go_back(standing, weights, first, storage, work.chunk):
                 bar.update()
-                bookmark.put(work)
+                bookmark.put(work.pack)
             work.values[where] = standing.scores.float().cpu()
             work.growth.append(_growth(standing.lengths))
             work.standing = None
         bookmark.remove()
-        found = {"cotangent_growth": float(np.median(work.growth))}
-        return work.values, {"storage": storage, "chunk": work.chunk, "block": work.block, **found}
+        growth = float(np.median(work.growth))
+        choices = {"storage": storage, "chunk": work.chunk, "block": work.block, "cotangent_growth": growth}
+        return work.values, choices
 
     def _bookmark_path(self, problem: Problem) -> Path | None:
         """The file that says how far the sweep has come, where there is a folder that outlasts this call."""

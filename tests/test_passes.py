@@ -1,0 +1,142 @@
+"""Fits of curvature that are killed go on from where they stood, to the same bits."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import PointsConfig, PointsForSequenceClassification, normal_points
+
+from hf_attribution import attribute, bookmark
+from hf_attribution.curvature import fitting
+from hf_attribution.curvature.kronecker import KroneckerCurvature
+from hf_attribution.curvature.rows import CurvatureRows
+from hf_attribution.methods import METHODS
+from hf_attribution.tasks import Classification
+
+TRAIN, QUERY = normal_points(23, 1), normal_points(6, 2)
+BATCHES = 5
+
+torch.manual_seed(0)
+NETWORK = PointsForSequenceClassification(PointsConfig(size=4, hidden=5, num_labels=3)).eval()
+
+
+def run(method, folder, **settings):
+    settings = {"task": Classification(), "batch_size": 5, "progress": False, **settings}
+    return attribute(NETWORK, TRAIN, QUERY, method=method, cache_dir=folder, **settings).values
+
+
+@pytest.fixture
+def life(monkeypatch):
+    """Calls a function that is interrupted before its rows of so many batches; says of which batches it had rows."""
+    monkeypatch.setattr(bookmark, "EVERY_SECONDS", 0)
+    monkeypatch.setattr(bookmark, "SHARE", 1)
+    compute = CurvatureRows._rows_of
+
+    def live(function, batches):
+        computed = []
+
+        def rows_of(self, batch):
+            if len(computed) == batches:
+                raise KeyboardInterrupt
+            computed.append(batch.indices.tolist())
+            return compute(self, batch)
+
+        monkeypatch.setattr(CurvatureRows, "_rows_of", rows_of)
+        try:
+            return function(), computed
+        except KeyboardInterrupt:
+            return None, computed
+
+    return live
+
+
+def lives(life, function, batches):
+    """A function that is interrupted after so many batches until it ends: its result, and all of these."""
+    computed, found = [], None
+    while found is None:
+        found, more = life(function, batches)
+        computed += more
+    return found, computed
+
+
+@pytest.mark.parametrize(("name", "settings", "batches", "kept_bytes"), [
+    ("diagonal", {}, 2, 0),
+    ("kfac", {}, 2, 0),
+    ("ekfac", {}, 2, 0),
+    ("ekfac", {}, BATCHES, 0),
+    ("ekfac", {}, 3, 1300),
+    ("ekfac", {"curvature": "gauss_newton"}, 3, 4000),
+])  # fmt: skip
+def test_no_batch_is_computed_again(life, tmp_path, monkeypatch, name, settings, batches, kept_bytes):
+    monkeypatch.setattr(fitting, "KEPT_BYTES", kept_bytes)
+    method = METHODS[name](**settings)
+    whole, once = life(lambda: run(method, tmp_path / "whole"), None)
+    found, computed = lives(life, lambda: run(method, tmp_path / "parts"), batches)
+    np.testing.assert_array_equal(found, whole)
+    (expected,) = (tmp_path / "whole" / "curvature").iterdir()
+    assert (tmp_path / "parts" / "curvature" / expected.name).read_bytes() == expected.read_bytes()
+    assert not list((tmp_path / "parts" / "unfinished").iterdir())
+    # What a life keeps of its first pass is lost with it.
+    assert len(once) <= len(computed) <= (2 if name == "ekfac" else 1) * BATCHES
+    if kept_bytes == 0:
+        assert computed == once
+
+
+def unfinished(folder, number):
+    (found,) = (folder / "unfinished").glob(f"*-{number}.safetensors")
+    return found
+
+
+@pytest.mark.parametrize("lost", ["0", "all"])
+def test_what_is_damaged_costs_time_alone(life, tmp_path, monkeypatch, lost):
+    monkeypatch.setattr(fitting, "KEPT_BYTES", 0)
+    whole, _ = life(lambda: run("ekfac", tmp_path / "whole"), None)
+    life(lambda: run("ekfac", tmp_path), BATCHES + 2)  # in the second pass
+    path = unfinished(tmp_path, lost)
+    path.write_bytes(path.read_bytes()[:-7])
+    found, computed = life(lambda: run("ekfac", tmp_path), None)
+    np.testing.assert_array_equal(found, whole)
+    assert len(computed) == (BATCHES if lost == "0" else 2 * BATCHES)
+
+
+def test_eigenvalues_in_other_bases_are_not_gone_on_with(life, tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "KEPT_BYTES", 0)
+    whole, _ = life(lambda: run("ekfac", tmp_path / "whole"), None)
+    life(lambda: run("ekfac", tmp_path), BATCHES + 2)
+    path = unfinished(tmp_path, "all")
+    bases = KroneckerCurvature.load(path)
+    for spectrum in bases.spectra:
+        spectrum.left.vectors[0].neg_()  # as another machine may have them
+    bases.save(path)
+    found, computed = life(lambda: run("ekfac", tmp_path), None)
+    np.testing.assert_array_equal(found, whole)
+    assert len(computed) == BATCHES
+
+
+def test_other_batches_begin_again(life, tmp_path):
+    whole, _ = life(lambda: run("kfac", tmp_path / "whole", batch_size=4), None)
+    life(lambda: run("kfac", tmp_path), 3)
+    found, computed = life(lambda: run("kfac", tmp_path, batch_size=4), None)
+    np.testing.assert_array_equal(found, whole)
+    assert sum(map(len, computed)) == len(TRAIN)
+    assert not list((tmp_path / "unfinished").iterdir())
+
+
+def test_batches_that_memory_has_halved_stay_so(life, tmp_path, monkeypatch):
+    parts, calls = [], []
+
+    class Narrow(Classification):
+        """Runs out of memory once, at the first batch of more than three rows."""
+
+        def losses(self, model, batch):
+            calls.append(len(batch["labels"]))
+            if len(batch["labels"]) > 3 and not parts:
+                parts.append(len(batch["labels"]))
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return super().losses(model, batch)
+
+    method = METHODS["ekfac"](curvature="fisher")
+    whole, _ = life(lambda: run(method, tmp_path / "whole", task=Narrow()), None)
+    parts.clear()
+    found, _ = lives(life, lambda: run(method, tmp_path / "parts", task=Narrow()), 2)
+    np.testing.assert_array_equal(found, whole)
+    assert calls.count(5) == 2  # once for each of the two fits
