@@ -30,6 +30,7 @@ SECTIONS = {
     "datamodel": estimators.benchmark_datamodel,
     "knn_shapley": estimators.benchmark_knn_shapley,
     "unroll": trainings.benchmark_unroll,
+    "bergson": trainings.benchmark_bergson,
     "runner": trainings.benchmark_runner,
 }
 

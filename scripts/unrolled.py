@@ -128,11 +128,10 @@ def small_vit() -> PreTrainedModel:
     return ViTForImageClassification(config)
 
 
-def gpt2() -> PreTrainedModel:
-    """A small GPT-2 on 32 tokens."""
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0)
-    )
+def gpt2(**settings: Any) -> PreTrainedModel:
+    """A small GPT-2 on 32 tokens, with further settings of its configuration."""
+    shape: dict[str, Any] = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32}
+    return GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **shape, **settings))
 
 
 def trainer_of(

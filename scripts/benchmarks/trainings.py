@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup
 
 import unrolled
+from benchmarks import reference_unroll
 from hf_attribution import AttributionTrainer
 from hf_attribution.columns import used_columns
 from hf_attribution.demo.acts import ACTS
@@ -23,6 +24,19 @@ EPOCHS, BATCH, RATE, AT_ONCE = 10, 64, 5e-3, 4
 def benchmark_unroll(arguments: Any, console: Console) -> None:
     """Sweeps through a recorded training of a CNN, a ViT and a GPT-2 against its steps, beside double backward."""
     unrolled.speed(console, repeats=arguments.repeats)
+
+
+def benchmark_bergson(arguments: Any, console: Console) -> None:
+    """A sweep through a recorded training of a GPT-2, for one and for many queries, beside `bergson`."""
+    try:
+        rows = reference_unroll.compare(arguments.repeats)
+    except ModuleNotFoundError as error:
+        console.print(f"Skipped: {error}. benchmarks/reference_unroll.py says what to install.")
+        return
+    table = Table("run", "CPU seconds a query", "times", "correlation", "largest difference", "peak memory, MiB more")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def benchmark_runner(arguments: Any, console: Console) -> None:
