@@ -20,7 +20,7 @@ from hf_attribution.data import Split
 from hf_attribution.errors import ArtefactError, NonFiniteError, UnsupportedError
 from hf_attribution.gradients import products
 from hf_attribution.gradients.terms import Dense, Outer, dense
-from hf_attribution.methods import METHODS, preconditioned
+from hf_attribution.methods import METHODS, fits
 from hf_attribution.tasks import Classification, Regression, infer_task
 
 N, Q = 23, 6
@@ -311,7 +311,7 @@ def test_factors_are_kept_found_again_and_inspected(network, tmp_path, monkeypat
     alike = run(network, EKFac(per_layer=False), cache_dir=tmp_path)
     assert alike.provenance["choices"]["lambda"] == [pytest.approx(EKFac.auto_damping * curvature.unit)]
     assert not np.allclose(alike.values, first.values, rtol=1e-2)
-    monkeypatch.setattr(preconditioned, "fit_curvature", None)  # it is not fitted again, for other queries either
+    monkeypatch.setattr(fits, "fit_curvature", None)  # it is not fitted again, for other queries either
     other = run(network, EKFac(damping=1.0), query=normal_points(3, 5), cache_dir=tmp_path)
     assert other.values.shape == (3, N)
     with pytest.raises(TypeError, match="not callable"):

@@ -1,5 +1,8 @@
 """Fits of curvature that are killed go on from where they stood, to the same bits."""
 
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,8 @@ from hf_attribution import attribute, bookmark
 from hf_attribution.curvature import fitting
 from hf_attribution.curvature.kronecker import KroneckerCurvature
 from hf_attribution.curvature.rows import CurvatureRows
-from hf_attribution.methods import METHODS
+from hf_attribution.methods import METHODS, Source
+from hf_attribution.problem import Checkpoint
 from hf_attribution.tasks import Classification
 
 TRAIN, QUERY = normal_points(23, 1), normal_points(6, 2)
@@ -38,7 +42,7 @@ def life(monkeypatch):
             if len(computed) == batches:
                 raise KeyboardInterrupt
             computed.append(batch.indices.tolist())
-            return compute(self, batch)
+            yield from compute(self, batch)
 
         monkeypatch.setattr(CurvatureRows, "_rows_of", rows_of)
         try:
@@ -51,11 +55,13 @@ def life(monkeypatch):
 
 def lives(life, function, batches):
     """A function that is interrupted after so many batches until it ends: its result, and all of these."""
-    computed, found = [], None
-    while found is None:
+    computed = []
+    for _ in range(50):
         found, more = life(function, batches)
         computed += more
-    return found, computed
+        if found is not None:
+            return found, computed
+    raise AssertionError("A life did not go on from where the one before it ended.")
 
 
 @pytest.mark.parametrize(("name", "settings", "batches", "kept_bytes"), [
@@ -79,6 +85,30 @@ def test_no_batch_is_computed_again(life, tmp_path, monkeypatch, name, settings,
     assert len(once) <= len(computed) <= (2 if name == "ekfac" else 1) * BATCHES
     if kept_bytes == 0:
         assert computed == once
+
+
+def test_source_keeps_its_segments(life, tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "KEPT_BYTES", 0)
+    checkpoints = []
+    for factor in (0.5, 0.7, 0.9, 1.0):
+        checkpoints.append(Checkpoint(copy.deepcopy(NETWORK), learning_rate_sum=factor))
+        for parameter in checkpoints[-1].source.parameters():
+            parameter.data *= factor
+    method = Source(segments=2, solver="ekfac", optimizer="sgd", momentum=0.0)
+
+    def scores(folder):
+        return run(method, folder, checkpoints=checkpoints)
+
+    whole, once = life(lambda: scores(tmp_path / "whole"), None)
+    assert len(once) == 2 * 4 * BATCHES  # two passes over every checkpoint
+    found, computed = lives(life, lambda: scores(tmp_path / "parts"), 7)
+    np.testing.assert_array_equal(found, whole)
+    assert computed == once
+    again, computed = life(lambda: scores(tmp_path / "parts"), 0)
+    np.testing.assert_array_equal(again, whole)
+    changed = dataclasses.replace(checkpoints[3], learning_rate_sum=2.0)
+    _, computed = life(lambda: run(method, tmp_path / "parts", checkpoints=[*checkpoints[:3], changed]), None)
+    assert len(computed) == 2 * 2 * BATCHES
 
 
 def unfinished(folder, number):

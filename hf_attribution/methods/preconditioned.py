@@ -2,27 +2,22 @@
 
 import abc
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import nn
 
-from hf_attribution.artefacts import fingerprint
 from hf_attribution.curvature.damping import layer_ridges
-from hf_attribution.curvature.fitting import fit_curvature
 from hf_attribution.curvature.kronecker import KroneckerCurvature
 from hf_attribution.curvature.parts import Layout
-from hf_attribution.curvature.passes import forget
 from hf_attribution.curvature.rows import CURVATURES, CurvatureRows
 from hf_attribution.gradients.directions import Preconditioner, block_size, directional_products, self_products
 from hf_attribution.gradients.held import Source
 from hf_attribution.inputs import weights_fingerprint
 from hf_attribution.methods.base import GradientMethod, Scored, positive_damping
+from hf_attribution.methods.fits import kept_fit
 from hf_attribution.problem import Problem
-from hf_attribution.processes import from_main
 
 AUTO_RANK = 32
 
@@ -134,19 +129,7 @@ class Kronecker(Preconditioned):
             raise ValueError(f"curvature must be one of {', '.join(CURVATURES)}, not {self.curvature}.")
 
     def fit(self, problem: Problem, model: nn.Module, number: int) -> tuple[Preconditioner, dict[str, Any]]:
-        """The inverse of the curvature of one model, which is kept in the problem's `cache_dir`.
-
-        With a `cache_dir` that outlasts the call, a fit that is killed goes on from where it stood a minute before, or
-        so, to the same bits, in the same batches and as many processes; others begin again.
-
-        Args:
-            problem: Model, task and data.
-            model: The model of one checkpoint.
-            number: Its number.
-
-        Returns:
-            P, and what was chosen.
-        """
+        """The inverse of the curvature of one model, which is kept in the problem's `cache_dir`, see `kept_fit`."""
         modules = self.modules_of(model)
         curvature = self._curvature(problem, model, modules, self.seed + number)
         units = curvature.units if self.per_layer else dict.fromkeys(curvature.units, curvature.unit)
@@ -163,24 +146,9 @@ class Kronecker(Preconditioned):
             "curvature": self.curvature,
             "seed": seed if self.curvature == "true_fisher" else None,
             "modules": list(modules) if modules is not None else None,
-            "fingerprints": {
-                "model": weights_fingerprint(model),
-                "train": problem.train.fingerprint,
-                "inputs": problem.train.inputs_fingerprint,
-                "task": fingerprint(json.dumps(problem.task.description, sort_keys=True)),
-            },
         }
-        path = problem.cache_dir / "curvature" / f"{self.name}-{fingerprint(settings)}.safetensors"
-        if from_main(path.exists):
-            return KroneckerCurvature.load(path)
-        rows = CurvatureRows(model, problem.task, problem.train, self.curvature, modules, seed)
-        unfinished = problem.cache_dir / "unfinished" / path.stem if problem.outlasting else None
-        with torch.no_grad():
-            found = fit_curvature(model, rows, self.name, settings, problem.progress, unfinished)
 
-        def keep() -> None:
-            found.save(path)
-            forget(unfinished)
+        def rows() -> CurvatureRows:
+            return CurvatureRows(model, problem.task, problem.train, self.curvature, modules, seed)
 
-        from_main(keep)
-        return found
+        return kept_fit(problem, model, self.name, rows, settings, weights_fingerprint(model))

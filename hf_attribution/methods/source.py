@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_attribution.curvature.elementwise import multiplied
-from hf_attribution.curvature.fitting import fit_curvature
 from hf_attribution.curvature.flat import MAX_BYTES, dual_bytes, fit_dual, fit_flat
-from hf_attribution.curvature.kronecker import BlockSpectrum
+from hf_attribution.curvature.kronecker import BlockSpectrum, KroneckerCurvature
 from hf_attribution.curvature.rows import CURVATURES, CurvatureRows
 from hf_attribution.curvature.segments import Segment, block_matrix
 from hf_attribution.gradients.directions import block_products, gradient_blocks
@@ -24,9 +23,11 @@ from hf_attribution.gradients.moments import SecondMoments
 from hf_attribution.gradients.per_example import Gradients
 from hf_attribution.gradients.terms import times
 from hf_attribution.methods.base import GradientMethod, Scored
+from hf_attribution.methods.fits import kept_fit
 from hf_attribution.optimizer_states import OptimizerState, read_optimizer_state
 from hf_attribution.problem import Checkpoint, Problem
 from hf_attribution.processes import add_up
+from hf_attribution.seals import content_fingerprint, fingerprint
 
 SOLVERS = ("auto", "dual", "ekfac", "explicit")
 OPTIMIZERS = ("auto", "sgd", "adam")
@@ -56,7 +57,8 @@ class Source(GradientMethod):
         solver: `"dual"`: exact, through the kernel of all pairs of the curvature's gradients in a segment, which are
             kept in memory, for few training examples. `"ekfac"`: approximate, for any number. `"auto"`: the exact one
             where it fits, since it predicts retraining better, by far (a small GPT-2: LDS .66 against .44).
-            `"explicit"`: exact, through the matrix of all pairs of parameters, for small models.
+            `"explicit"`: exact, through the matrix of all pairs of parameters, for small models. Only `"ekfac"` keeps
+            its fits in `cache_dir`.
         optimizer: `"sgd"`, `"adam"` (which needs the `optimizer.pt` of the checkpoints), or `"auto"`: what these say.
         momentum: Of SGD: it multiplies the learning rate by `1 / (1 - momentum)`. `"auto"` reads `optimizer.pt`.
         seed: Seed of the drawn targets.
@@ -197,6 +199,7 @@ class _Part:
         self.problem = dataclasses.replace(problem, checkpoints=chosen)
         self.shares = (sums / sums.sum()).tolist()
         self.momentum = states[0].momentum
+        self.weights = fingerprint([problem.weights[number] for number in numbers])
         scales = [state.scales for state in states]
         self.roots = {
             name: sum(share * scale[name] for share, scale in zip(self.shares, scales, strict=True)).sqrt()
@@ -222,15 +225,30 @@ class _Part:
 
     def _spectra(self) -> Sequence[BlockSpectrum]:
         first = dataclasses.replace(self.problem, checkpoints=self.problem.checkpoints[:1])
-        (spectra,) = (self._fit_rows(_MeanRows(self, model), model) for model, _ in first.models())
+        (spectra,) = (self._fit_rows(model) for model, _ in first.models())
         return spectra
 
-    def _fit_rows(self, rows: CurvatureRows, model: nn.Module) -> Sequence[BlockSpectrum]:
+    def _fit_rows(self, model: nn.Module) -> Sequence[BlockSpectrum]:
+        if self.method.solver == "ekfac":
+            return self._kept(model).to(self.problem.device).spectra
+        rows = _MeanRows(self, model)
         if self.method.solver == "explicit":
             return [fit_flat(rows)]
-        if self.method.solver == "dual":
-            return [fit_dual(rows, len(self.numbers) * len(rows.gradients) * len(self.problem.train))]
-        return fit_curvature(model, rows, "ekfac", progress=self.problem.progress).spectra
+        return [fit_dual(rows, len(self.numbers) * len(rows.gradients) * len(self.problem.train))]
+
+    def _kept(self, model: nn.Module) -> KroneckerCurvature:
+        method, modules = self.method, self.method.modules_of(model)
+        roots = {name: root.cpu().numpy() for name, root in self.roots.items()}
+        settings = {
+            "kind": "ekfac",
+            "curvature": method.curvature,
+            "seed": method.seed if method.curvature == "true_fisher" else None,
+            "modules": list(modules) if modules is not None else None,
+            "checkpoints": self.numbers.tolist(),
+            "shares": self.shares,
+            "roots": content_fingerprint("roots", roots, {}),
+        }
+        return kept_fit(self.problem, model, method.name, lambda: _MeanRows(self, model), settings, self.weights)
 
 
 class _MeanRows(CurvatureRows):
