@@ -223,12 +223,18 @@ def measure(name: str, key: str) -> float:
     """The same, in this process."""
     method, _, curvature = key.partition(" ")
     example = EXAMPLES[name]()
-    model = example.fresh().eval()
-    with Peak() as peak:
+
+    def run(example: Example) -> None:
+        model = example.fresh().eval()
         if method == "kronfluence":
             kronfluence(model, example, curvature, 1e-4, example.train[:]["labels"])
         else:
             ours(model, example, curvature, EKFac if method == "ekfac" else KFac)
+
+    # A few rows first, which load the code of the libraries.
+    run(example._replace(train=example.train.select(range(16)), query=example.query.select(range(4))))
+    with Peak() as peak:
+        run(example)
     return peak.mib
 
 
