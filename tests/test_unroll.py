@@ -160,6 +160,26 @@ def test_what_fits_in_memory_is_taken_at_once(finished, monkeypatch):
     assert found.provenance["choices"]["storage"] == "sqrt"
 
 
+def test_products_at_once_are_those_that_fit(finished, monkeypatch):
+    prepared = Differentiable.prepare(RecordedRun.open(finished.recording_dir, finished), Classification())
+    tried = []
+
+    def product(parameters, batch, weights, vectors):
+        tried.append(len(vectors))
+        return vectors, weights.expand(len(vectors), -1)  # the more at once, the better
+
+    counted = dataclasses.replace(prepared, product=product)
+    replay = prepared.replay()
+    replay.load(0, prepared.run.recording.state(0))
+    inputs = replay.parts(0)[0].inputs
+    kept = prepared.flat.saved_bytes(replay.state()[0], inputs)
+    assert kept > prepared.flat.saved_bytes(replay.state()[0], {name: rows[:1] for name, rows in inputs.items()}) > 0
+    for vectors, largest in ((0.5, 1), (4.5, 4), (16.5, 16)):
+        tried.clear()
+        monkeypatch.setattr(Differentiable, "_free_memory", lambda self, free=int(vectors * 4 * 6 * kept): free)
+        assert counted.fastest_chunk(64) <= largest == max(tried)
+
+
 def test_blocks_of_queries(finished, monkeypatch):
     whole = finished.attribute(method=QUICK).values
     monkeypatch.setattr("hf_attribution.replay.sweep.Differentiable.fitting_block", lambda self: 2)

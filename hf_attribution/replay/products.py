@@ -73,6 +73,20 @@ class FlatModel:
         """The examples' losses `[B]`."""
         return self(self.task.losses, parameters, batch)
 
+    def saved_bytes(self, parameters: Tensor, batch: Batch) -> int:
+        """The memory of what one forward pass keeps for the backward pass."""
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        point = parameters.detach().requires_grad_()
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self.losses(point, batch)
+        return sum(kept.values())
+
     def gradients(self, parameters: Tensor, batch: Batch, coefficients: Tensor) -> Tensor:
         """Gradients `[M, P]` of weighted sums of the losses, coefficients `[M, B]`: a backward pass for each sum."""
         point, total = parameters.detach().requires_grad_(), parameters.new_zeros(len(coefficients), len(parameters))
