@@ -49,3 +49,10 @@ class Bookmark:
         """Delete the file: all is finished."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+
+
+def forget(unfinished: Path | None) -> None:
+    """Delete the files whose names begin so: what they were kept for is there."""
+    if unfinished is not None:
+        for path in unfinished.parent.glob(f"{unfinished.name}-*"):
+            path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import tempfile
@@ -14,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import default_data_collator
 
+from hf_attribution.bookmark import forget
 from hf_attribution.checkpoints import as_checkpoint
 from hf_attribution.columns import check_same_columns, used_columns
 from hf_attribution.data import Split
@@ -119,6 +121,8 @@ def posed(
             _refuse_differences(problem)
         _try_task(problem)
         yield problem, used_subsets
+        for unfinished in problem.begun:
+            from_main(functools.partial(forget, unfinished))
 
 
 def _refuse_differences(problem: Problem) -> None:

@@ -71,6 +71,7 @@ class Problem:
         train_masked: Trains on subsets and records each training, for methods that differentiate through those; see
             `AttributionMixin.attribute`.
         outlasting: Whether `cache_dir` is still there in the next call.
+        begun: What `unfinished` gave.
     """
 
     model: nn.Module
@@ -86,6 +87,7 @@ class Problem:
     run: RecordedRun | None = None
     train_masked: Callable[..., Any] | None = None
     outlasting: bool = False
+    begun: list[Path] = dataclasses.field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -173,7 +175,8 @@ class Problem:
         if dim is not None:
             return StoredScores([self.stored_products(model, modules, dim, seed, normalize)]).matrix()
         queries, train = self.sources(model, modules)
-        return gradient_products(queries, train, normalize, self.progress)
+        unfinished = self.unfinished(weights_fingerprint(model), list(modules or ()), normalize)
+        return gradient_products(queries, train, normalize, self.progress, unfinished)
 
     def stored_products(
         self,
@@ -196,6 +199,24 @@ class Problem:
             products = function(model, number)
             terms.append(dataclasses.replace(products, queries=share * products.queries))
         return StoredScores(terms)
+
+    def unfinished(self, *what: Any) -> Path | None:
+        """How the names of files begin that say how far a pass for scores has come, see `Filling`.
+
+        They are deleted when all scores are there.
+
+        Args:
+            *what: What the pass depends on beside data, task and the problem's weights: JSON.
+
+        Returns:
+            `None` where no later call could take them up: without a `cache_dir`, or of a stream.
+        """
+        if not self.outlasting or self.train.streamed:
+            return None
+        inputs = [split.inputs_fingerprint for split in (self.train, self.query)]
+        path = self.cache_dir / "unfinished" / f"scores-{fingerprint(what, inputs, self.fingerprints)}"
+        self.begun.append(path)
+        return path
 
     def sources(self, model: nn.Module, modules: Sequence[str] | None = None) -> tuple[Source, Source]:
         """The gradients of the queries' measurements, and of what training on the examples raises."""

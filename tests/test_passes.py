@@ -1,4 +1,4 @@
-"""Fits of curvature that are killed go on from where they stood, to the same bits."""
+"""Passes over the training data that are killed go on from where they stood, to the same bits."""
 
 import copy
 import dataclasses
@@ -12,6 +12,8 @@ from hf_attribution import attribute, bookmark
 from hf_attribution.curvature import fitting
 from hf_attribution.curvature.kronecker import KroneckerCurvature
 from hf_attribution.curvature.rows import CurvatureRows
+from hf_attribution.gradients import products
+from hf_attribution.gradients.filling import Filling
 from hf_attribution.methods import METHODS, Source
 from hf_attribution.problem import Checkpoint
 from hf_attribution.tasks import Classification
@@ -174,3 +176,56 @@ def test_batches_that_memory_has_halved_stay_so(life, tmp_path, monkeypatch):
     plain, _ = life(lambda: run(method, tmp_path / "plain"), None)
     np.testing.assert_allclose(whole, plain, rtol=1e-3, atol=1e-6)
     assert calls.count(5) == 2  # once for each of the two fits
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Calls a function that is interrupted after so many batches of scores; says which blocks had which batches."""
+    monkeypatch.setattr(bookmark, "EVERY_SECONDS", 0)
+    monkeypatch.setattr(bookmark, "SHARE", 1)
+    note = Filling.note
+
+    def live(function, batches):
+        noted = []
+
+        def counted(self, examples):
+            if len(noted) == batches:
+                raise KeyboardInterrupt
+            note(self, examples)
+            noted.append((self._rows.tolist(), examples.tolist()))
+
+        monkeypatch.setattr(Filling, "note", counted)
+        try:
+            return function(), noted
+        except KeyboardInterrupt:
+            return None, noted
+
+    return live
+
+
+@pytest.mark.parametrize(
+    ("name", "batches"), [("grad_dot", 2), ("grad_cos", BATCHES), ("kfac", BATCHES + 2), ("datainf", 3), ("tracin", 7)]
+)
+def test_no_scores_are_computed_again(passes, tmp_path, monkeypatch, name, batches):
+    other = copy.deepcopy(NETWORK)
+    for parameter in other.parameters():
+        parameter.data *= 0.9
+    checkpoints = [Checkpoint(NETWORK, weight=0.5), Checkpoint(other, weight=2.0)]
+    monkeypatch.setattr(products, "BLOCK_BYTES", 700)
+    settings = {"checkpoints": checkpoints}
+    whole, once = passes(lambda: run(name, tmp_path / "whole", **settings), None)
+    assert len(once) > 2 * BATCHES  # some blocks of queries for each checkpoint
+    found, noted = lives(passes, lambda: run(name, tmp_path / "parts", **settings), batches)
+    np.testing.assert_array_equal(found, whole)
+    assert noted == once
+    assert not list((tmp_path / "parts" / "unfinished").iterdir())
+
+
+def test_scores_of_other_queries_or_batches_begin_again(passes, tmp_path):
+    passes(lambda: run("grad_dot", tmp_path), 3)
+    found, noted = passes(lambda: run("grad_dot", tmp_path, batch_size=4), None)
+    assert len(noted) == 6
+    np.testing.assert_allclose(found, run("grad_dot", None), rtol=1e-5)
+    passes(lambda: run("grad_dot", tmp_path), 3)
+    _, noted = passes(lambda: run("grad_cos", tmp_path), None)
+    assert len(noted) == BATCHES

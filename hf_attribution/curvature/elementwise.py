@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from hf_attribution.artefacts import fingerprint
 from hf_attribution.gradients.per_example import Gradients
 from hf_attribution.gradients.terms import Dense, Lookup, Term, dense, is_large_table, squared_norms
 
@@ -18,6 +19,11 @@ class Elementwise:
 
     def __init__(self, factors: Mapping[str, Tensor]) -> None:
         self.factors = factors
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all factors."""
+        return fingerprint(*(factor.cpu().numpy() for factor in self.factors.values()))
 
     def __call__(self, block: Sequence[Gradients]) -> list[Gradients]:
         """`P g`."""

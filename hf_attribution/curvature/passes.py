@@ -32,7 +32,7 @@ class Passes:
     Args:
         rows: The rows.
         unfinished: How the files' names begin, with all that the sums depend on beside batches and processes; `None`
-            for no files. The caller deletes them, by `forget`, once it keeps what it wanted the sums for.
+            for no files. The caller deletes them, by `bookmark.forget`, once it keeps what it wanted the sums for.
         progress: Whether to show progress bars.
     """
 
@@ -106,10 +106,3 @@ class Passes:
             total.copy_(torch.from_numpy(arrays[str(number)]))
         self.rows.split.most_rows = notes["most_rows"]
         return int(notes["batches"])
-
-
-def forget(unfinished: Path | None) -> None:
-    """Delete what `Passes` wrote under this name, in whatever batches and processes."""
-    if unfinished is not None:
-        for path in unfinished.parent.glob(f"{unfinished.name}-*"):
-            path.unlink(missing_ok=True)

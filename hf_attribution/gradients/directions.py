@@ -1,6 +1,7 @@
 """Inner products of training gradients with a few directions in parameter space: preconditioned query gradients."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 from hf_attribution.data import Batch
 from hf_attribution.gradients import products
 from hf_attribution.gradients.checks import refuse_non_finite
+from hf_attribution.gradients.filling import Filling
 from hf_attribution.gradients.held import Held, Source, concatenate, hold
 from hf_attribution.gradients.per_example import Gradients
 from hf_attribution.gradients.terms import Dense, dense, packed, take, truncated
@@ -28,7 +30,12 @@ class Preconditioner(Protocol):
 
 
 def directional_products(
-    queries: Source, train: Source, preconditioner: Preconditioner, rank: int | None = None, progress: bool = True
+    queries: Source,
+    train: Source,
+    preconditioner: Preconditioner,
+    rank: int | None = None,
+    progress: bool = True,
+    unfinished: Path | None = None,
 ) -> np.ndarray:
     """`⟨P g(query), g(example)⟩` for all queries and training examples.
 
@@ -43,18 +50,24 @@ def directional_products(
         rank: Rank to which a direction's matrices are truncated, "query batching" of Grosse et al. (2023, section
             3.2.2); exact by default.
         progress: Whether to show a progress bar.
+        unfinished: How the names of files begin that say how far this has come, see `Filling`.
 
     Returns:
         float32 `[Q, N]`.
     """
-    scores = np.zeros((len(queries.split), len(train.split)), dtype=np.float32)
+    filling = Filling(len(queries.split), train.split, unfinished)
     with tqdm(
-        total=scores.size, desc="gradient products", unit="pairs", unit_scale=True, leave=False, disable=not progress
+        total=filling.scores.size,
+        desc="gradient products",
+        unit="pairs",
+        unit_scale=True,
+        leave=False,
+        disable=not progress,
     ) as bar:
         for directions in _directions(queries, preconditioner, rank):
-            scores[directions.indices.numpy()] = _products(directions, train, bar)
+            _fill(filling, directions.indices.numpy(), directions, train, bar)
             del directions  # before the next ones are made
-    return scores
+    return filling.scores
 
 
 def block_products(block: Sequence[Gradients], train: Source, bar: tqdm) -> np.ndarray:
@@ -68,7 +81,10 @@ def block_products(block: Sequence[Gradients], train: Source, bar: tqdm) -> np.n
     Returns:
         float32 `[q, N]`.
     """
-    return _products(_joined([hold(gradients) for gradients in block]), train, bar)
+    directions = _joined([hold(gradients) for gradients in block])
+    filling = Filling(len(directions), train.split)
+    _fill(filling, np.arange(len(directions)), directions, train, bar)
+    return filling.scores
 
 
 def self_products(train: Source, preconditioner: Preconditioner, progress: bool = True) -> np.ndarray:
@@ -142,19 +158,21 @@ def _directions(queries: Source, preconditioner: Preconditioner, rank: int | Non
         yield _joined(parts)
 
 
-def _products(directions: Held, train: Source, bar: tqdm) -> np.ndarray:
-    found = np.zeros((len(directions), len(train.split)), dtype=np.float32)
+def _fill(filling: Filling, rows: np.ndarray, directions: Held, train: Source, bar: tqdm) -> None:
+    """Fill the rows of some directions, in one pass over the training examples."""
 
     def products_with(batch: Batch) -> Tensor:
         return directions.products(hold(_packed(train.gradients(batch))))
 
-    for batch in train.split.batches(shared=True):
+    done = filling.begin(rows)
+    bar.update(len(rows) * int(done.sum()))
+    for batch in train.split.batches(done, shared=True):
         values = torch.cat(train.split.in_parts(products_with, batch.to(train.gradients.device)), dim=1)
         refuse_non_finite(values.T, batch.indices, "An inner product with the gradient")
-        found[:, batch.indices.numpy()] = values.cpu().numpy()
+        filling.scores[np.ix_(rows, batch.indices.numpy())] = values.cpu().numpy()
+        filling.note(batch.indices.numpy())
         bar.update(values.numel() * count())
-    add_up(found)
-    return found
+    filling.end(rows)
 
 
 def _joined(parts: list[Held]) -> Held:

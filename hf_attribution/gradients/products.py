@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_attribution.gradients.checks import refuse_non_finite
+from hf_attribution.gradients.filling import Filling
 from hf_attribution.gradients.held import Held, Source, concatenate
 from hf_attribution.processes import add_up, count, share
 
@@ -19,7 +21,9 @@ BLOCK_BYTES = 2**30
 TILE_BYTES = 2**26
 
 
-def gradient_products(queries: Source, train: Source, normalize: bool = False, progress: bool = True) -> np.ndarray:
+def gradient_products(
+    queries: Source, train: Source, normalize: bool = False, progress: bool = True, unfinished: Path | None = None
+) -> np.ndarray:
     """Exact inner products of the gradients of all queries with those of all training examples.
 
     Queries are taken in blocks that fit in memory, and the training data are read once per block. Processes of a
@@ -30,18 +34,26 @@ def gradient_products(queries: Source, train: Source, normalize: bool = False, p
         train: The training examples' gradients, with respect to the same parameters.
         normalize: Whether to take cosines.
         progress: Whether to show a progress bar.
+        unfinished: How the names of files begin that say how far this has come, see `Filling`.
 
     Returns:
         float32 `[Q, N]`. A cosine with a zero gradient is 0.
     """
-    scores = np.zeros((len(queries.split), len(train.split)), dtype=np.float32)
-    stream = queries.batches()
+    filling, stream = Filling(len(queries.split), train.split, unfinished), queries.batches()
     with tqdm(
-        total=scores.size, desc="gradient products", unit="pairs", unit_scale=True, leave=False, disable=not progress
+        total=filling.scores.size,
+        desc="gradient products",
+        unit="pairs",
+        unit_scale=True,
+        leave=False,
+        disable=not progress,
     ) as bar:
         while block := _take_block(stream):
             norms = [tile.norms() if normalize else None for tile in block]
-            for batch in train.batches(shared=True):
+            rows = np.concatenate([tile.indices.numpy() for tile in block])
+            done = filling.begin(rows)
+            bar.update(len(rows) * int(done.sum()))
+            for batch in train.batches(done, shared=True):
                 batch_norms = batch.norms() if normalize else None
                 for tile, lengths in zip(block, norms, strict=True):
                     products = tile.products(batch)
@@ -49,10 +61,11 @@ def gradient_products(queries: Source, train: Source, normalize: bool = False, p
                         both = lengths[:, None] * batch_norms
                         products = products / both.clamp(min=torch.finfo(products.dtype).tiny)
                     refuse_non_finite(products.T, batch.indices, "An inner product with the gradient")
-                    scores[np.ix_(tile.indices.numpy(), batch.indices.numpy())] = products.cpu().numpy()
+                    filling.scores[np.ix_(tile.indices.numpy(), batch.indices.numpy())] = products.cpu().numpy()
                     bar.update(products.numel() * count())
-    add_up(scores)
-    return scores
+                filling.note(batch.indices.numpy())
+            filling.end(rows)
+    return filling.scores
 
 
 def squared_lengths(source: Source) -> Tensor:

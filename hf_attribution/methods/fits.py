@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from hf_attribution.artefacts import fingerprint
+from hf_attribution.bookmark import forget
 from hf_attribution.curvature.fitting import fit_curvature
 from hf_attribution.curvature.kronecker import KroneckerCurvature
-from hf_attribution.curvature.passes import forget
 from hf_attribution.curvature.rows import CurvatureRows
 from hf_attribution.problem import Problem
 from hf_attribution.processes import from_main

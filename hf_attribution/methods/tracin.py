@@ -55,7 +55,10 @@ class TracIn(ProductMethod):
             if scales is None:
                 return self.products(problem, model)
             queries, train = problem.sources(model, self.modules_of(model))
-            return directional_products(queries, train, scales[number], progress=problem.progress)
+            unfinished = problem.unfinished(self.name, self.settings, scales[number].fingerprint)
+            return directional_products(
+                queries, train, scales[number], progress=problem.progress, unfinished=unfinished
+            )
 
         return Scored(len(problem.checkpoints) * problem.average(one), self._choices(problem))
 
