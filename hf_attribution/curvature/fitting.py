@@ -19,7 +19,7 @@ from hf_attribution.gradients.terms import Term
 from hf_attribution.processes import add_up, is_main
 
 # Bytes of the gradients' factors that EK-FAC's first pass may keep for its second one: less than scoring takes.
-KEPT_BYTES = 3 * 2**25
+KEPT_BYTES = 2**27
 
 
 def fit_curvature(
