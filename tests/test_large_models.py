@@ -101,7 +101,7 @@ def test_products_of_half_precision_gradients_add_up_in_single_precision(dtype, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", ["grad_dot", Trak(dim=16), "ekfac", "influence", "diagonal"])
+@pytest.mark.parametrize("method", ["grad_dot", Trak(dim=16), "ekfac", "influence", "diagonal", "trackstar"])
 def test_scores_of_half_precision_models_are_near_those_of_single_precision(dtype, method, long_batch):
     model, _ = models.make("llama")
     data = rows_of(long_batch)

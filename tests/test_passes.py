@@ -14,7 +14,7 @@ from hf_attribution.curvature.kronecker import KroneckerCurvature
 from hf_attribution.curvature.rows import CurvatureRows
 from hf_attribution.gradients import products
 from hf_attribution.gradients.filling import Filling
-from hf_attribution.methods import METHODS, Source
+from hf_attribution.methods import METHODS, Source, fits
 from hf_attribution.problem import Checkpoint
 from hf_attribution.tasks import Classification
 
@@ -229,3 +229,11 @@ def test_scores_of_other_queries_or_batches_begin_again(passes, tmp_path):
     passes(lambda: run("grad_dot", tmp_path), 3)
     _, noted = passes(lambda: run("grad_cos", tmp_path), None)
     assert len(noted) == BATCHES
+
+
+def test_second_moments_are_kept(tmp_path, monkeypatch):
+    first = run("trackstar", tmp_path)
+    monkeypatch.setattr(fits, "second_moments", None)
+    np.testing.assert_array_equal(run("trackstar", tmp_path), first)
+    with pytest.raises(TypeError):
+        run(METHODS["trackstar"](modules=["head"]), tmp_path)

@@ -6,11 +6,13 @@ factors stays so.
 """
 
 import dataclasses
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hf_attribution.artefacts import fingerprint
+from hf_attribution.artefacts import Artefact
 from hf_attribution.data import Batch
 from hf_attribution.gradients.held import Source
 from hf_attribution.gradients.per_example import Gradients, PerExampleGradients
@@ -26,7 +28,7 @@ NOISE = 1e-8
 
 
 @dataclasses.dataclass(frozen=True)
-class SecondMoments:
+class SecondMoments(Artefact):
     """What gradients are divided by: for each parameter, seen as a matrix, a factor per row and one per column.
 
     Args:
@@ -34,15 +36,17 @@ class SecondMoments:
         columns: `[columns]` for each parameter; one column for a vector.
     """
 
+    kind: ClassVar[str] = "second moments"
+
     rows: dict[str, Tensor]
     columns: dict[str, Tensor]
 
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all factors."""
-        return fingerprint(
-            *(factor.cpu().numpy() for factors in (self.rows, self.columns) for factor in factors.values())
+    def to(self, device: torch.device) -> "SecondMoments":
+        """The same on a device."""
+        rows, columns = (
+            {name: factor.to(device) for name, factor in factors.items()} for factors in (self.rows, self.columns)
         )
+        return SecondMoments(rows, columns)
 
     def divide(self, gradients: Gradients) -> Gradients:
         """Gradients divided by the roots of their second moments, in the form they come in."""
@@ -51,6 +55,18 @@ class SecondMoments:
             for name, terms in gradients.terms.items()
         }
         return dataclasses.replace(gradients, terms=divided)
+
+    def _pack(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        factors = (("rows", self.rows), ("columns", self.columns))
+        return {f"{side}.{name}": f.cpu().numpy() for side, of_all in factors for name, f in of_all.items()}, {}
+
+    @classmethod
+    def _unpack(cls, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> "SecondMoments":
+        rows, columns = (
+            {key.removeprefix(side): torch.from_numpy(array) for key, array in arrays.items() if key.startswith(side)}
+            for side in ("rows.", "columns.")
+        )
+        return cls(rows, columns)
 
 
 class DividedGradients:
@@ -82,13 +98,9 @@ def second_moments(source: Source) -> SecondMoments:
         Their factors: `rows[i] columns[j]` has the row and column means of the mean squares.
     """
     parameters, number = source.gradients.parameters, len(source.rows)
-    rows = {
-        name: parameter.new_zeros(parameter.shape[0] if parameter.ndim else 1)
-        for name, parameter in parameters.items()
-    }
-    columns = {
-        name: parameter.new_zeros(parameter.numel() // len(rows[name])) for name, parameter in parameters.items()
-    }
+    dtype = source.gradients.dtype  # at least single precision: in half, sums stall
+    rows = {name: p.new_zeros(p.shape[0] if p.ndim else 1, dtype=dtype) for name, p in parameters.items()}
+    columns = {name: p.new_zeros(p.numel() // len(rows[name]), dtype=dtype) for name, p in parameters.items()}
     for batch in source.split.batches(only=source.only, shared=True):
         for gradients in source.split.in_parts(source.gradients, batch.to(source.gradients.device)):
             for name, terms in gradients.terms.items():

@@ -1,7 +1,7 @@
-"""Fits of curvature that are kept in a problem's `cache_dir`."""
+"""Curvature and second moments of the training gradients, kept in a problem's `cache_dir`."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from hf_attribution.bookmark import forget
 from hf_attribution.curvature.fitting import fit_curvature
 from hf_attribution.curvature.kronecker import KroneckerCurvature
 from hf_attribution.curvature.rows import CurvatureRows
+from hf_attribution.gradients.held import Source
+from hf_attribution.gradients.moments import SecondMoments, second_moments
+from hf_attribution.inputs import weights_fingerprint
 from hf_attribution.problem import Problem
 from hf_attribution.processes import from_main
 
@@ -40,13 +43,7 @@ def kept_fit(
     Returns:
         The curvature.
     """
-    fingerprints = {
-        "model": weights,
-        "train": problem.train.fingerprint,
-        "inputs": problem.train.inputs_fingerprint,
-        "task": fingerprint(json.dumps(problem.task.description, sort_keys=True)),
-    }
-    provenance = {**settings, "fingerprints": fingerprints}
+    provenance = _provenance(problem, weights, settings)
     path = problem.cache_dir / "curvature" / f"{name}-{fingerprint(provenance)}.safetensors"
     if from_main(path.exists):
         return KroneckerCurvature.load(path)
@@ -60,3 +57,34 @@ def kept_fit(
 
     from_main(keep)
     return found
+
+
+def kept_moments(problem: Problem, model: nn.Module, modules: Sequence[str] | None) -> SecondMoments:
+    """The second moments of the training gradients, in a pass over them if they are not in `cache_dir` yet.
+
+    Args:
+        problem: Task and training data.
+        model: The model.
+        modules: Patterns of the modules whose parameters count.
+
+    Returns:
+        The moments.
+    """
+    provenance = _provenance(problem, weights_fingerprint(model), {"modules": list(modules or ())})
+    path = problem.cache_dir / "moments" / f"{fingerprint(provenance)}.safetensors"
+    if from_main(path.exists):
+        return SecondMoments.load(path).to(problem.device)
+    found = second_moments(Source(problem.gradients(model, problem.task.gains, problem.train, modules), problem.train))
+    from_main(lambda: found.save(path))
+    return found
+
+
+def _provenance(problem: Problem, weights: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a fit belongs to."""
+    fingerprints = {
+        "model": weights,
+        "train": problem.train.fingerprint,
+        "inputs": problem.train.inputs_fingerprint,
+        "task": fingerprint(json.dumps(problem.task.description, sort_keys=True)),
+    }
+    return {**settings, "fingerprints": fingerprints}

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from hf_attribution.curvature.dual import DampedKernel
 from hf_attribution.curvature.ridge import gram_matrix, in_memory
-from hf_attribution.gradients.held import Source
-from hf_attribution.gradients.moments import second_moments
 from hf_attribution.gradients.projections import Projection
 from hf_attribution.gradients.stored import StoredProducts, StoredScores
 from hf_attribution.methods.base import GradientMethod, Scored, positive_damping
+from hf_attribution.methods.fits import kept_moments
 from hf_attribution.problem import Problem
 from hf_attribution.store import FeatureStore
 
@@ -62,8 +61,7 @@ class TrackStar(GradientMethod):
 
         def products(model: nn.Module, number: int) -> StoredProducts:
             modules, projection = self.modules_of(model), Projection(self.dim, self.seed + number)
-            gains = problem.gradients(model, problem.task.gains, problem.train, modules)
-            moments = second_moments(Source(gains, problem.train))
+            moments = kept_moments(problem, model, modules)
             train = problem.features(model, problem.task.gains, problem.train, projection, modules, moments)
             query = problem.features(model, problem.task.measurement, problem.query, projection, modules, moments)
             mixed = self.mix * _autocorrelation(query) + (1 - self.mix) * _autocorrelation(train)
