@@ -56,14 +56,7 @@ def directional_products(
         float32 `[Q, N]`.
     """
     filling = Filling(len(queries.split), train.split, unfinished)
-    with tqdm(
-        total=filling.scores.size,
-        desc="gradient products",
-        unit="pairs",
-        unit_scale=True,
-        leave=False,
-        disable=not progress,
-    ) as bar:
+    with filling.bar(progress) as bar:
         for directions in _directions(queries, preconditioner, rank):
             _fill(filling, directions.indices.numpy(), directions, train, bar)
             del directions  # before the next ones are made

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from hf_attribution.bookmark import Bookmark
 from hf_attribution.data import Split
@@ -41,9 +42,15 @@ class Filling:
             self.scores, self._finished = arrays["scores"], arrays["finished"]
             self._rows, self._done = arrays["rows"], arrays["done"]
         add_up(self._finished)
-        self._finished = (self._finished == count()).astype(
-            np.int32
-        )  # some may have been killed a block before others
+        # By all: one process may have been killed a block before the others.
+        self._finished = (self._finished == count()).astype(np.int32)
+
+    def bar(self, progress: bool) -> tqdm:
+        """A progress bar, of pairs of a query and an example."""
+        total = self.scores.size
+        return tqdm(
+            total=total, desc="gradient products", unit="pairs", unit_scale=True, leave=False, disable=not progress
+        )
 
     def begin(self, rows: np.ndarray) -> np.ndarray:
         """Begin with a block of queries, or go on with it. All processes do.

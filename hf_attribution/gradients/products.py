@@ -40,14 +40,7 @@ def gradient_products(
         float32 `[Q, N]`. A cosine with a zero gradient is 0.
     """
     filling, stream = Filling(len(queries.split), train.split, unfinished), queries.batches()
-    with tqdm(
-        total=filling.scores.size,
-        desc="gradient products",
-        unit="pairs",
-        unit_scale=True,
-        leave=False,
-        disable=not progress,
-    ) as bar:
+    with filling.bar(progress) as bar:
         while block := _take_block(stream):
             norms = [tile.norms() if normalize else None for tile in block]
             rows = np.concatenate([tile.indices.numpy() for tile in block])
