@@ -54,5 +54,6 @@ class Bookmark:
 def forget(unfinished: Path | None) -> None:
     """Delete the files whose names begin so: what they were kept for is there."""
     if unfinished is not None:
-        for path in unfinished.parent.glob(f"{unfinished.name}-*"):
-            path.unlink(missing_ok=True)
+        for name in (f"{unfinished.name}-*", f".{unfinished.name}-*.tmp"):  # the latter of a kill while writing
+            for path in unfinished.parent.glob(name):
+                path.unlink(missing_ok=True)

@@ -115,11 +115,13 @@ def posed(
             cache_dir=folder,
             progress=progress and is_main(),
             store_dtype=check_dtype(store_dtype),
-            outlasting=cache_dir is not None,
+            outlasting=from_main(lambda: cache_dir is not None),
         )
         if count() > 1:
             _refuse_differences(problem)
         _try_task(problem)
+        if problem.outlasting and not problem.train.streamed:
+            _ = problem.fingerprints  # now, while no other copy of the model is there
         yield problem, used_subsets
         for unfinished in problem.begun:
             from_main(functools.partial(forget, unfinished))

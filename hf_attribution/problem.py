@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -175,7 +176,7 @@ class Problem:
         if dim is not None:
             return StoredScores([self.stored_products(model, modules, dim, seed, normalize)]).matrix()
         queries, train = self.sources(model, modules)
-        unfinished = self.unfinished(weights_fingerprint(model), list(modules or ()), normalize)
+        unfinished = self.unfinished(lambda: (weights_fingerprint(model), list(modules or ()), normalize))
         return gradient_products(queries, train, normalize, self.progress, unfinished)
 
     def stored_products(
@@ -200,13 +201,13 @@ class Problem:
             terms.append(dataclasses.replace(products, queries=share * products.queries))
         return StoredScores(terms)
 
-    def unfinished(self, *what: Any) -> Path | None:
+    def unfinished(self, what: Callable[[], Any]) -> Path | None:
         """How the names of files begin that say how far a pass for scores has come, see `Filling`.
 
         They are deleted when all scores are there.
 
         Args:
-            *what: What the pass depends on beside data, task and the problem's weights: JSON.
+            what: Gives what the pass depends on beside data, task and the problem's weights: JSON.
 
         Returns:
             `None` where no later call could take them up: without a `cache_dir`, or of a stream.
@@ -214,7 +215,8 @@ class Problem:
         if not self.outlasting or self.train.streamed:
             return None
         inputs = [split.inputs_fingerprint for split in (self.train, self.query)]
-        path = self.cache_dir / "unfinished" / f"scores-{fingerprint(what, inputs, self.fingerprints)}"
+        key = fingerprint(what(), inputs, self.fingerprints, importlib.import_module("hf_attribution").__version__)
+        path = self.cache_dir / "unfinished" / f"scores-{key}"
         self.begun.append(path)
         return path
 

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from tiny import PointsConfig, PointsForSequenceClassification, normal_points
+from transformers import default_data_collator
 
 from hf_attribution import attribute, bookmark
 from hf_attribution.curvature import fitting
 from hf_attribution.curvature.kronecker import KroneckerCurvature
 from hf_attribution.curvature.rows import CurvatureRows
+from hf_attribution.data import Split
+from hf_attribution.errors import ProcessError
 from hf_attribution.gradients import products
 from hf_attribution.gradients.filling import Filling
 from hf_attribution.methods import METHODS, Source, fits
@@ -229,6 +232,27 @@ def test_scores_of_other_queries_or_batches_begin_again(passes, tmp_path):
     passes(lambda: run("grad_dot", tmp_path), 3)
     _, noted = passes(lambda: run("grad_cos", tmp_path), None)
     assert len(noted) == BATCHES
+
+
+def test_batches_that_two_files_hold_are_computed_again(monkeypatch, tmp_path):
+    """As after two launches at once on one folder, of which a file each is left."""
+    split = Split(TRAIN, default_data_collator, 5)
+    filling = Filling(2, split)
+    filling.begin(np.arange(2))
+    filling.scores[:, :10] = 1.0
+    filling.note(np.arange(10))
+
+    def add_up(*parts):
+        for part in parts:
+            part[5:15] += 1  # the other process has these
+
+    monkeypatch.setattr("hf_attribution.gradients.filling.add_up", add_up)
+    done = filling.begin(np.arange(2))
+    assert done.nonzero()[0].tolist() == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
+    assert not filling.scores[:, 5:].any()
+    monkeypatch.setattr("hf_attribution.gradients.filling.gather", lambda value: [value, b"others"])
+    with pytest.raises(ProcessError, match="batch_size"):
+        filling.begin(np.arange(2))
 
 
 def test_second_moments_are_kept(tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ from tqdm.auto import tqdm
 
 from hf_attribution.bookmark import Bookmark
 from hf_attribution.data import Split
-from hf_attribution.processes import add_up, count, rank
+from hf_attribution.errors import ProcessError
+from hf_attribution.processes import add_up, count, gather, rank
 from hf_attribution.seals import fingerprint
 
 
@@ -60,14 +61,24 @@ class Filling:
 
         Returns:
             The training examples whose scores are there already, with this process or another, `[N]` bool.
+
+        Raises:
+            ProcessError: If the processes are at different blocks.
         """
+        if len(set(gather(rows.tobytes()))) > 1:
+            raise ProcessError(
+                "The processes take the queries in different blocks, for some have run out of memory where others "
+                "have not: give a smaller batch_size."
+            )
         if self._finished[rows].all():
             return np.ones(len(self._done), dtype=bool)
         if not np.array_equal(rows, self._rows):
             self.scores[rows], self._rows, self._done = 0, rows, np.zeros_like(self._done)
         done = self._done.copy()
         add_up(done)
-        return done > 0
+        twice = done > 1  # of files that are not of one launch
+        self.scores[np.ix_(rows, twice)], self._done[twice] = 0, 0
+        return done == 1
 
     def note(self, examples: np.ndarray) -> None:
         """The scores of a batch of examples, by their positions, are in `scores` for the whole block."""
@@ -76,10 +87,11 @@ class Filling:
 
     def end(self, rows: np.ndarray) -> None:
         """Join what the processes have of a block."""
-        if not self._finished[rows].all():
+        if count() > 1 and not self._finished[rows].all():
             joined = self.scores[rows]
             add_up(joined)
-            self.scores[rows], self._finished[rows] = joined, 1
+            self.scores[rows] = joined
+        self._finished[rows] = 1
 
     def _standing(self) -> tuple[Mapping[str, np.ndarray], Mapping[str, Any]]:
         arrays: dict[str, np.ndarray] = {"scores": self.scores, "finished": self._finished}

@@ -45,14 +45,16 @@ def kept_fit(
     """
     provenance = _provenance(problem, weights, settings)
     path = problem.cache_dir / "curvature" / f"{name}-{fingerprint(provenance)}.safetensors"
-    if from_main(path.exists):
-        return KroneckerCurvature.load(path)
     unfinished = problem.cache_dir / "unfinished" / path.stem if problem.outlasting else None
-    with torch.no_grad():
-        found = fit_curvature(model, rows(), settings["kind"], provenance, problem.progress, unfinished)
+    if there := from_main(path.exists):
+        found = KroneckerCurvature.load(path)
+    else:
+        with torch.no_grad():
+            found = fit_curvature(model, rows(), settings["kind"], provenance, problem.progress, unfinished)
 
     def keep() -> None:
-        found.save(path)
+        if not there:
+            found.save(path)
         forget(unfinished)
 
     from_main(keep)

@@ -62,7 +62,7 @@ class Preconditioned(GradientMethod, abc.ABC):
             queries, train = problem.sources(model, self.modules_of(model))
             rank = self._rank(queries)
             notes.append({"query_rank": rank, **note})
-            unfinished = problem.unfinished(self.name, self.settings, number)
+            unfinished = problem.unfinished(lambda: (self.name, self.settings, number, rank))
             return directional_products(queries, train, preconditioner, rank, problem.progress, unfinished)
 
         return Scored(problem.average(one), self._choices(notes))

@@ -55,7 +55,7 @@ class TracIn(ProductMethod):
             if scales is None:
                 return self.products(problem, model)
             queries, train = problem.sources(model, self.modules_of(model))
-            unfinished = problem.unfinished(self.name, self.settings, scales[number].fingerprint)
+            unfinished = problem.unfinished(lambda: (self.name, number, self.settings, scales[number].fingerprint))
             return directional_products(
                 queries, train, scales[number], progress=problem.progress, unfinished=unfinished
             )

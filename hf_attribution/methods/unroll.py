@@ -216,7 +216,8 @@ class Unroll(Method):
         """The file that says how far the sweep has come, where there is a folder that outlasts this call."""
         if not problem.outlasting or problem.run is None:
             return None
-        key = fingerprint(self.settings, problem.fingerprints, problem.run.recording.header)
+        inputs = [split.inputs_fingerprint for split in (problem.train, problem.query)]
+        key = fingerprint(self.settings, problem.fingerprints, inputs, problem.run.recording.header)
         return problem.cache_dir / "unfinished" / f"{self.name}-{key}.safetensors"
 
     def _forward(
