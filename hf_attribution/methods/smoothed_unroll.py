@@ -42,6 +42,10 @@ class SmoothedUnroll(Method):
     `trainer.retrain`: an interrupted call goes on where it stopped, more `runs` add to those that are there, and
     several processes may share the work. Cost: per run, a training and about 1.5 to 2 per query.
 
+    How far the mean has come is `reliability` in the scores' `choices`. Where training is rough, as that of small
+    transformers from scratch, it stays low, and `Influence` over `trainer.train_ensemble(k, fraction=0.5)` does as
+    well for a tenth of the price.
+
     Args:
         runs: How many trainings.
         fraction: The fraction of the examples in each: that of the subsets which are asked about.
