@@ -51,9 +51,9 @@ class Bookmark:
             self._path.unlink(missing_ok=True)
 
 
-def forget(unfinished: Path | None) -> None:
+def forget(*unfinished: Path | None) -> None:
     """Delete the files whose names begin so: what they were kept for is there."""
-    if unfinished is not None:
-        for name in (f"{unfinished.name}-*", f".{unfinished.name}-*.tmp"):  # the latter of a kill while writing
-            for path in unfinished.parent.glob(name):
+    for begun in filter(None, unfinished):
+        for name in (f"{begun.name}-*", f".{begun.name}-*.tmp"):  # the latter of a kill while writing
+            for path in begun.parent.glob(name):
                 path.unlink(missing_ok=True)

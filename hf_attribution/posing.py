@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import importlib
 import importlib.metadata
 import tempfile
@@ -123,8 +122,7 @@ def posed(
         if problem.outlasting and not problem.train.streamed:
             _ = problem.fingerprints  # now, while no other copy of the model is there
         yield problem, used_subsets
-        for unfinished in problem.begun:
-            from_main(functools.partial(forget, unfinished))
+        from_main(lambda: forget(*problem.begun))
 
 
 def _refuse_differences(problem: Problem) -> None:

@@ -33,29 +33,45 @@ def run(method, folder, **settings):
     return attribute(NETWORK, TRAIN, QUERY, method=method, cache_dir=folder, **settings).values
 
 
+def interrupted(monkeypatch, owner, name, counting):
+    """Calls a function that is interrupted at the so many-th call of a method; says what the calls before were of.
+
+    What stands in for the method is `counting(method, check, count)`: it calls `check()`, which may interrupt, and
+    `count(what)`.
+    """
+    monkeypatch.setattr(bookmark, "EVERY_SECONDS", 0)
+    monkeypatch.setattr(bookmark, "SHARE", 1)
+    method = getattr(owner, name)
+
+    def live(function, batches):
+        counted = []
+
+        def check():
+            if len(counted) == batches:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(owner, name, counting(method, check, counted.append))
+        try:
+            return function(), counted
+        except KeyboardInterrupt:
+            return None, counted
+
+    return live
+
+
 @pytest.fixture
 def life(monkeypatch):
     """Calls a function that is interrupted before its rows of so many batches; says of which batches it had rows."""
-    monkeypatch.setattr(bookmark, "EVERY_SECONDS", 0)
-    monkeypatch.setattr(bookmark, "SHARE", 1)
-    compute = CurvatureRows._rows_of
 
-    def live(function, batches):
-        computed = []
-
+    def counting(compute, check, count):
         def rows_of(self, batch):
-            if len(computed) == batches:
-                raise KeyboardInterrupt
-            computed.append(batch.indices.tolist())
+            check()
+            count(batch.indices.tolist())
             yield from compute(self, batch)
 
-        monkeypatch.setattr(CurvatureRows, "_rows_of", rows_of)
-        try:
-            return function(), computed
-        except KeyboardInterrupt:
-            return None, computed
+        return rows_of
 
-    return live
+    return interrupted(monkeypatch, CurvatureRows, "_rows_of", counting)
 
 
 def lives(life, function, batches):
@@ -184,26 +200,16 @@ def test_batches_that_memory_has_halved_stay_so(life, tmp_path, monkeypatch):
 @pytest.fixture
 def passes(monkeypatch):
     """Calls a function that is interrupted after so many batches of scores; says which blocks had which batches."""
-    monkeypatch.setattr(bookmark, "EVERY_SECONDS", 0)
-    monkeypatch.setattr(bookmark, "SHARE", 1)
-    note = Filling.note
 
-    def live(function, batches):
-        noted = []
-
-        def counted(self, examples):
-            if len(noted) == batches:
-                raise KeyboardInterrupt
+    def counting(note, check, count):
+        def noted(self, examples):
+            check()
             note(self, examples)
-            noted.append((self._rows.tolist(), examples.tolist()))
+            count((self._rows.tolist(), examples.tolist()))
 
-        monkeypatch.setattr(Filling, "note", counted)
-        try:
-            return function(), noted
-        except KeyboardInterrupt:
-            return None, noted
+        return noted
 
-    return live
+    return interrupted(monkeypatch, Filling, "note", counting)
 
 
 @pytest.mark.parametrize(
